@@ -1,0 +1,199 @@
+"""One config describes one experiment: every key once, with its unit and reason, as frozen dataclasses.
+
+A recipe (`configs/*.py`) starts from `default()`, an ml_collections ConfigDict of these, and changes keys;
+`resolve` turns the ConfigDict back into the dataclasses, which are hashable and so can be static under `jit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+
+from jaxrlhf.files import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The embedded world: how much of it is generated. Everything follows from `Experiment.seed`."""
+
+    documents: int = 20_000  # pretraining documents, made only when the base is trained from scratch
+    demonstrations: int = 6_000  # posts with an imperfect human summary
+    preference_prompts: int = 1_500  # posts for which annotators compare pairs of SFT samples
+    ppo_prompts: int = 4_000  # posts without a summary, for PPO
+    evaluation_prompts: int = 100  # posts of each split
+    annotator_temperature: float = 0.7  # P(a preferred) = sigmoid((gold_a - gold_b) / temperature)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Real files: paths are globs relative to `root`; see `configs/instructions.py`."""
+
+    root: str = ""
+    demonstrations: tuple[str, ...] = ()  # files of {instruction, output, dataset}
+    annotations: tuple[str, ...] = ()  # files of {instruction, output_1, output_2, preference}
+    reference: str = ""  # file of the reference answers, the baseline of win rates
+    id_sources: tuple[str, ...] = ()  # values of `dataset` that are in-distribution
+    ood_sources: tuple[str, ...] = ()  # values of `dataset` that are out of distribution, a split each
+    ood_files: tuple[str, ...] = ()  # `name=path` of seed-task files, a split each
+    held_out: float = 0.2  # share of in-distribution prompts kept for the `id` split
+    prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
+    evaluation_prompts: int = 0  # at most so many prompts of each split; 0 = all
+    vocab_size: int = 4096  # of the byte-level BPE tokenizer, learnt from the demonstrations
+
+
+@dataclass(frozen=True)
+class Model:
+    """The decoder. `family` sets the architecture's options (`model.FAMILIES`); sizes are here."""
+
+    family: str = "llama"  # llama | opt | gpt2
+    layers: int = 6
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 0  # 0 = as many as heads
+    ff_width: int = 192
+    prompt_length: int = 64  # tokens; longer prompts lose their left end, which is counted and reported
+    response_length: int = 24  # tokens, the end-of-text token included
+    freeze_layers: float = 0.8  # share of the bottom blocks frozen, with embeddings and output head (paper: 0.8); 0 = nothing
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 = the rest. Batches divide over data x fsdp, parameters over fsdp and tensor."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule over a stage's optimizer steps."""
+
+    lr: float = 1e-3
+    schedule: str = "cosine"  # constant | linear | cosine, down to 0
+    warmup: int = 0  # steps from 0 to lr
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The host loop of a stage."""
+
+    steps: int = 100
+    log_every: int = 10
+    eval_every: int = 50  # 0 = only at the end
+    save_every: int = 50
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """The base model: shipped with the package, or made from scratch by this stage."""
+
+    init: str = "scratch"  # scratch | the name of a base in jaxrlhf/assets
+    batch_size: int = 64
+    prompt_weight: float = 0.1  # loss weight of the prompt's tokens; the response's weigh 1
+    loop: Loop = field(default_factory=Loop)
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning on demonstrations: loss on the response and its end-of-text only."""
+
+    batch_size: int = 32
+    loop: Loop = field(default_factory=Loop)
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward model: pairwise cross-entropy at the last real token, then normalised on SFT samples."""
+
+    batch_size: int = 32  # pairs
+    samples_per_prompt: int = 4  # SFT samples that simulated annotators compare in pairs
+    normalise_samples: int = 512  # SFT samples on which scores get mean 0 and standard deviation 1
+    loop: Loop = field(default_factory=Loop)
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class Ppo:
+    """PPO with a KL penalty to the SFT policy. A step is one rollout batch and its epochs of updates."""
+
+    batch_size: int = 128  # prompts in a rollout batch, one response each
+    epochs: int = 4
+    minibatches: int = 2
+    temperature: float = 1.0
+    kl_coef: float = 0.05
+    kl_estimator: str = "k1"  # k1 | k2 | k3, of each response token
+    kl_target: float = 0.0  # nats a response; 0 = kl_coef stays fixed, else it adapts towards this
+    kl_horizon: int = 10_000  # responses over which it adapts
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.1
+    value_init: str = "zero"  # zero | normal (1/sqrt(D+1)) | reward (the reward model's head)
+    entropy_coef: float = 0.0
+    whiten_advantages: bool = True  # over the real tokens of the whole rollout batch
+    whiten_rewards: bool = False  # scale without shift, as in the N+ details
+    length_penalty: float = 0.0  # coefficient of -(length / response_length)^5
+    eos_bonus: float = 0.0  # added to the score of a finished response
+    eos_required: bool = False  # the score of an unfinished response is `eos_missing`
+    eos_missing: float = -1.0
+    loop: Loop = field(default_factory=Loop)
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every policy is sampled for evaluation. The paper: 16 samples at temperature 1, nothing cut off."""
+
+    samples_per_prompt: int = 16
+    best_of: int = 16
+    pool: int = 64  # SFT samples a prompt, from which best-of-N is drawn again and again (per-input diversity)
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    batch_size: int = 32  # prompts at a time
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured and how sure it is."""
+
+    judge: str = "gold"  # gold | reward: whose score decides win rates against the reference and head to head
+    paper_compat: bool = False  # every metric as the paper's released code computes it
+    bootstrap: int = 2_000  # resamples of an interval
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole experiment: its data, its model, its stages and its measurement."""
+
+    name: str = "experiment"
+    seed: int = 0
+    task: str = "world"  # world | files
+    world: World = field(default_factory=World)
+    files: Files = field(default_factory=Files)
+    model: Model = field(default_factory=Model)
+    mesh: Mesh = field(default_factory=Mesh)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    sft: Sft = field(default_factory=Sft)
+    reward: Reward = field(default_factory=Reward)
+    ppo: Ppo = field(default_factory=Ppo)
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+def default() -> ml_collections.ConfigDict:
+    """The default experiment as a ConfigDict, for a recipe to change."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Experiment()))

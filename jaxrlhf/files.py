@@ -1,0 +1,103 @@
+"""Reading what users wrote and writing what they rely on: clear errors in, whole files out.
+
+Nothing here imports JAX, so that measuring other people's outputs starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """The user's input is wrong: one line that names the key or the file and line, and says what would be right."""
+
+
+def read_records(path: str | os.PathLike[str], required: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The objects of a JSON list (`.json`) or of JSON lines (any other suffix); blank lines are skipped.
+
+    Args:
+      path: the file.
+      required: fields that every record must have.
+
+    Raises:
+      UserError: the file is missing, does not parse, or a record lacks a field; names the file and line or record.
+    """
+    path = Path(path)
+    text = read_text(path)
+    if path.suffix == ".json":
+        located = [(f"{path}, record {i}", r) for i, r in enumerate(_parse_list(path, text), 1)]
+    else:
+        located = [
+            (f"{path}:{number}", _parse_line(path, number, line))
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
+    required = tuple(required)
+    for place, record in located:
+        if not isinstance(record, dict):
+            raise UserError(f"{place}: expected an object, found {type(record).__name__}")
+        for field in required:
+            if field not in record:
+                raise UserError(f"{place}: no field {field!r}; it has {', '.join(sorted(record)) or 'no field'}")
+    return [record for _, record in located]
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """One JSON document; `UserError` if it is missing or does not parse."""
+    path = Path(path)
+    return _parse(path, read_text(path))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A UTF-8 file's text; `UserError` if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes `value` whole or not at all; keys keep their order, NaN is refused."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON lines whole or not at all."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes `text` whole or not at all: to a file beside it, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    # Lone surrogates can come out of JSON escapes; they are written as they came rather than refused.
+    partial.write_text(text, encoding="utf-8", errors="surrogatepass")
+    partial.replace(path)
+
+
+def _parse_list(path: Path, text: str) -> list[Any]:
+    records = _parse(path, text)
+    if not isinstance(records, list):
+        raise UserError(f"{path}: expected a list of records, found {type(records).__name__}")
+    return records
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+
+
+def _parse_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None

@@ -1,0 +1,100 @@
+"""The pytrees that travel between the rooms. Axis letters: see `model.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class SftBatch:
+    """Prompt and response in one row, padded on the right."""
+
+    tokens_BT: jax.Array  # int32
+    mask_BT: jax.Array  # f32, 1 = real token
+    weight_BT: jax.Array  # f32, the loss weight of predicting this token (0 on padding)
+
+
+@struct.dataclass
+class PairBatch:
+    """Rows 0..B-1 are the chosen responses, rows B..2B-1 the rejected ones, after the same prompts."""
+
+    tokens_BT: jax.Array  # int32 [2B, T]
+    mask_BT: jax.Array  # f32 [2B, T]
+
+
+@struct.dataclass
+class PromptBatch:
+    """Prompts padded on the left; `index_B` names the prompts on the host."""
+
+    tokens_BP: jax.Array  # int32
+    mask_BP: jax.Array  # f32
+    index_B: jax.Array  # int32
+
+
+@struct.dataclass
+class Frozen:
+    """What no stage trains, one copy for all roles: empty where `freeze_layers` is 0."""
+
+    embed: Params  # {} when the embeddings are trained
+    blocks: Params  # leaves [k, ...]
+    lm_head: Params  # {} when it is trained, or tied to the embeddings
+
+
+@struct.dataclass
+class Top:
+    """What is trained: the upper blocks and the final norm, and everything else where nothing is frozen."""
+
+    embed: Params
+    blocks: Params  # leaves [L - k, ...]
+    final_norm: Params
+    lm_head: Params
+
+
+@struct.dataclass
+class ScalarHead:
+    """A linear read-out of the final hidden state, normalised: (h @ w + b - mean) / std."""
+
+    w_D: jax.Array
+    b: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+@struct.dataclass
+class TrainState:
+    """`params` is whatever the stage trains, and nothing else; Adam sees no more than that."""
+
+    step: jax.Array  # int32
+    params: Any
+    opt_state: Any
+
+
+@struct.dataclass
+class Sample:
+    """Responses padded on the right; the end-of-text token is part of the response."""
+
+    tokens_BR: jax.Array  # int32
+    mask_BR: jax.Array  # f32
+    logp_BR: jax.Array  # f32, under the distribution sampled from; 0 on padding
+    finished_B: jax.Array  # bool: ended by itself, not by the length limit
+
+
+@struct.dataclass
+class Rollout:
+    """A batch of responses with all that PPO's epochs need; nothing in it is recomputed."""
+
+    tokens_BT: jax.Array  # prompt (left-padded) and response (right-padded)
+    mask_BT: jax.Array
+    response_mask_BR: jax.Array
+    hidden_BTD: jax.Array  # the trunk's output, shared by policy, reference, reward and value
+    logp_BR: jax.Array
+    ref_logp_BR: jax.Array
+    value_BR: jax.Array
+    score_B: jax.Array  # reward-model score, penalties included
+    advantage_BR: jax.Array
+    return_BR: jax.Array

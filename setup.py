@@ -1,0 +1,43 @@
+"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `test`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="jaxrlhf",
+    version="0.1.0",
+    description="RLHF in functional JAX, and what it does to generalisation and diversity",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxrlhf", "jaxrlhf.*"]),
+    package_data={"jaxrlhf": ["assets/*", "evaluation/templates/*", "py.typed"]},
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "flax>=0.12",
+        "grain>=0.2.18",
+        # tensorflow-datasets imports it without declaring it for this Python.
+        "importlib_resources",
+        "jax>=0.10",
+        "jinja2",
+        "matplotlib",
+        "ml-collections>=1.1",
+        "numpy",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "safetensors",
+        "scipy",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers",
+        "tqdm",
+        "transformers>=5",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "gpu": ["jax[cuda12]>=0.10"],
+        "test": ["pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],
+    },
+    entry_points={"console_scripts": ["jaxrlhf = jaxrlhf.main:console"]},
+)
