@@ -7,10 +7,16 @@ A recipe (`configs/*.py`) starts from `default()`, an ml_collections ConfigDict 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 from jaxrlhf.files import UserError
 
@@ -197,3 +203,107 @@ class Experiment:
 def default() -> ml_collections.ConfigDict:
     """The default experiment as a ConfigDict, for a recipe to change."""
     return ml_collections.ConfigDict(dataclasses.asdict(Experiment()))
+
+
+def resolve(config: ml_collections.ConfigDict) -> Experiment:
+    """The frozen dataclasses of a ConfigDict; `UserError` for values that no stage could work with."""
+    experiment: Experiment = _build(Experiment, config.to_dict(), "config")
+    _check(experiment)
+    return experiment
+
+
+def parse(argv: list[str], values: flags.FlagValues) -> ml_collections.ConfigDict:
+    """The config that `--config=recipe.py[:argument]` and `--config.a.b=value` in `argv` describe, locked.
+
+    Raises:
+      UserError: no such recipe, an unknown key (names the nearest known one), or a value of the wrong type.
+    """
+    path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
+    if not path:
+        raise UserError("--config=RECIPE is missing, for example --config=configs/quickstart.py")
+    if not Path(path.split(":", 1)[0]).is_file():
+        raise UserError(f"--config={path}: no such file {path.split(':', 1)[0]}")
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
+    try:
+        values(argv)
+        return values["config"].value
+    except (AttributeError, KeyError):
+        known = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=[argv[0], f"--config={path}"])
+        known([argv[0], f"--config={path}"])
+        raise UserError(_unknown_key(argv, known["config"].value)) from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).strip().splitlines()[-1].split())) from None
+
+
+def _unknown_key(argv: list[str], config: ml_collections.ConfigDict) -> str:
+    known = list(_leaves(config.to_dict()))
+    for arg in argv:
+        key = re.sub(r"^--?(config\.)", "", arg.split("=", 1)[0])
+        if re.match(r"--?config\.", arg) and key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            return f"config.{key}: no such key; the nearest is config.{near}"
+    return "the recipe sets a key that jaxrlhf/config.py does not have"
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> Iterator[str]:
+    """The keys in which two resolved configs differ, each as `config.a.b: old -> new`."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from changes(a, b, f"{prefix}.{key}")
+        elif a != b:
+            yield f"{prefix}.{key}: {a!r} -> {b!r}"
+
+
+def _build(kind: Any, values: dict[str, Any], name: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1, 0.0)[0]
+            raise UserError(f"{name}.{key}: no such key; the nearest is {name}.{near}")
+    built = {}
+    for key, value in values.items():
+        default = fields[key].default_factory
+        section = None if default is dataclasses.MISSING else default
+        built[key] = _build(section, value, f"{name}.{key}") if section else value
+    return kind(**built)
+
+
+def _check(e: Experiment) -> None:
+    positive = {
+        "model.layers": e.model.layers,
+        "model.prompt_length": e.model.prompt_length,
+        "model.response_length": e.model.response_length,
+        "sampling.batch_size": e.sampling.batch_size,
+        "sampling.samples_per_prompt": e.sampling.samples_per_prompt,
+        "sampling.best_of": e.sampling.best_of,
+        "ppo.epochs": e.ppo.epochs,
+        "ppo.minibatches": e.ppo.minibatches,
+        "reward.samples_per_prompt": e.reward.samples_per_prompt,
+        "reward.normalise_samples": e.reward.normalise_samples,
+        "evaluation.bootstrap": e.evaluation.bootstrap,
+    }
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        section = getattr(e, stage)
+        positive |= {f"{stage}.batch_size": section.batch_size}
+        positive |= {f"{stage}.loop.{k}": getattr(section.loop, k) for k in ("steps", "log_every", "save_every", "keep")}
+    for key, value in positive.items():
+        if value < 1:
+            raise UserError(f"config.{key}={value}: must be at least 1")
+    if not 0 <= e.model.freeze_layers <= 1:
+        raise UserError(f"config.model.freeze_layers={e.model.freeze_layers}: a share from 0 to 1")
+    if e.task not in ("world", "files"):
+        raise UserError(f"config.task={e.task!r}: known are world, files")
+    if e.evaluation.judge not in ("gold", "reward"):
+        raise UserError(f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward")
+    if e.evaluation.judge == "gold" and e.task != "world":
+        raise UserError("config.evaluation.judge='gold': only the embedded world has a gold judge; take 'reward'")

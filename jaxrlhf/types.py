@@ -57,12 +57,35 @@ class Top:
 
 @struct.dataclass
 class ScalarHead:
-    """A linear read-out of the final hidden state, normalised: (h @ w + b - mean) / std."""
+    """A linear read-out of the final hidden state: h @ w + b."""
 
     w_D: jax.Array
     b: jax.Array
-    mean: jax.Array
-    std: jax.Array
+
+
+@struct.dataclass
+class Scorer:
+    """A reward model: a top of its own on the shared trunk, and its read-out."""
+
+    top: Top
+    head: ScalarHead
+
+
+@struct.dataclass
+class ActorCritic:
+    """PPO's policy, and the value read off the same top."""
+
+    top: Top
+    value: ScalarHead
+
+
+@struct.dataclass
+class Fixed:
+    """What PPO holds still: the trunk of all four roles, the reference policy and the reward model."""
+
+    frozen: Frozen
+    ref: Top
+    scorer: Scorer
 
 
 @struct.dataclass
@@ -72,6 +95,7 @@ class TrainState:
     step: jax.Array  # int32
     params: Any
     opt_state: Any
+    kl_coef: jax.Array | None = None  # PPO's, where it adapts; None elsewhere
 
 
 @struct.dataclass

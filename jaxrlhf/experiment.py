@@ -1,0 +1,144 @@
+"""One experiment in its workdir: what every stage starts from, and how a stage finds what an earlier one left."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf import checkpoint, model, sharding, weights
+from jaxrlhf.config import Experiment
+from jaxrlhf.data.task import Task
+from jaxrlhf.files import UserError, read_json, write_json
+from jaxrlhf.split import split, tree_hash
+from jaxrlhf.types import ActorCritic, Frozen, Params, ScalarHead, Scorer, Top
+
+ASSETS = Path(__file__).parent / "assets"
+STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment, its workdir and its data: what each stage is handed."""
+
+    config: Experiment
+    workdir: Path
+    task: Task
+    title: str  # of the stage under way, as progress shows it
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """All devices, laid out as `config.mesh` says."""
+        return sharding.make_mesh(self.config.mesh)
+
+    @cached_property
+    def arch(self) -> model.Architecture:
+        """The decoder that `config.model` and the tokenizer describe."""
+        return architecture(self.config, self.task.tokenizer.size)
+
+    @cached_property
+    def base(self) -> tuple[Frozen, Top]:
+        """FROZEN and TOP of the base model, on the mesh."""
+        frozen, top = split(base_params(self), self.config.model.freeze_layers)
+        return sharding.place(frozen, self.mesh), sharding.place(top, self.mesh)
+
+    @cached_property
+    def meta(self) -> dict[str, str]:
+        """What every checkpoint of this experiment must share."""
+        return {"frozen": tree_hash(self.base[0])}
+
+    def key(self, stage: str, step: int = 0) -> jax.Array:
+        """The random key of a stage's step: nothing is drawn twice, nothing hangs on what ran before."""
+        stage_key = jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stage.encode()))
+        return jax.random.fold_in(stage_key, step)
+
+    def seed(self, stage: str) -> int:
+        """The seed of a stage's batches."""
+        return zlib.crc32(f"{self.config.seed}/{stage}".encode()) % 2**31
+
+    def directory(self, stage: str) -> Path:
+        """A stage's folder."""
+        return self.workdir / ("samples" if stage == "sample" else stage)
+
+    def policy(self, stage: str) -> Top:
+        """The policy that SFT or PPO trained."""
+        if stage == "sft":
+            return self.load("sft", self.base[1])
+        return self.load("ppo", ActorCritic(top=self.base[1], value=self.head())).top
+
+    def scorer(self) -> Scorer:
+        """The normalised reward model."""
+        found = read_json(self.directory("reward") / "summary.json")
+        scorer: Scorer = self.load("reward", Scorer(top=self.base[1], head=self.head()))
+        mean, std = found["normalisation"]["mean"], found["normalisation"]["std"]
+        return scorer.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            head=ScalarHead(w_D=scorer.head.w_D / std, b=(scorer.head.b - mean) / std)
+        )
+
+    def head(self) -> ScalarHead:
+        """A read-out of zeros, on the mesh."""
+        return sharding.place(
+            ScalarHead(w_D=jnp.zeros((self.arch.width,), jnp.float32), b=jnp.zeros((), jnp.float32)), self.mesh
+        )
+
+    def load(self, stage: str, like: Any) -> Any:
+        """What a finished stage trained."""
+        if not self.finished(stage):
+            raise UserError(f"{self.workdir}: stage {stage!r} is not finished; run `jaxrlhf {stage}` first")
+        return checkpoint.load_params(self.directory(stage) / "checkpoints", like, self.meta)
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage has written its summary, which it does last."""
+        return (self.directory(stage) / "summary.json").exists()
+
+    def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
+        """Marks a stage as complete, with its final numbers."""
+        write_json(self.directory(stage) / "summary.json", summary)
+
+
+def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
+    """The decoder's sizes and options from the config; `UserError` for an unknown family or sizes that do not fit."""
+    c = config.model
+    if c.family not in model.FAMILIES:
+        raise UserError(f"config.model.family={c.family!r}: known are {', '.join(model.FAMILIES)}")
+    if c.width % c.heads or c.heads % (c.kv_heads or c.heads):
+        raise UserError(f"config.model: width={c.width} must divide by heads={c.heads}, and heads by kv_heads={c.kv_heads}")
+    return model.Architecture(
+        vocab_size=vocab_size,
+        layers=c.layers,
+        width=c.width,
+        heads=c.heads,
+        kv_heads=c.kv_heads or c.heads,
+        head_width=c.width // c.heads,
+        ff_width=c.ff_width,
+        max_positions=c.prompt_length + c.response_length,
+        **model.FAMILIES[c.family],
+    )
+
+
+def base_params(run: Run) -> Params:
+    """The base model: shipped with the package, or what `pretrain` left in this workdir."""
+    name = run.config.pretrain.init
+    if name == "scratch":
+        like = sharding.place(model.init(run.arch, run.key("init")), run.mesh)
+        if not run.finished("pretrain"):
+            raise UserError(f"{run.workdir}: stage 'pretrain' is not finished; run `jaxrlhf pretrain` first")
+        return checkpoint.load_params(run.directory("pretrain") / "checkpoints", like, {})
+    path = ASSETS / f"{name}.safetensors"
+    if not path.exists():
+        known = ", ".join(["scratch", *sorted(p.stem for p in ASSETS.glob("*.safetensors"))])
+        raise UserError(f"config.pretrain.init={name!r}: known are {known}")
+    params, _ = weights.load_params(path)
+    wanted = jax.eval_shape(lambda: model.init(run.arch, jax.random.key(0)))
+    shapes = [jax.tree.map(lambda x: x.shape, t) for t in (params, wanted)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"config.model does not fit the base {name!r}; keep its sizes, or make one: --config.pretrain.init=scratch"
+        )
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)

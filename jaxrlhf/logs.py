@@ -1,0 +1,76 @@
+"""Metrics to JSON lines and TensorBoard, timings apart from them, and progress for the one who waits."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxrlhf.files import write_text
+
+
+def say(line: str) -> None:
+    """One line of progress to standard error, above any bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def progress(title: str, total: int, done: int = 0) -> tqdm:
+    """A bar on standard error with the time left; in a log that is no terminal, a line now and then."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total, initial=done, desc=title, file=sys.stderr, mininterval=0.5 if terminal else 10, dynamic_ncols=terminal
+    )
+
+
+class Log:
+    """A stage's metrics.jsonl, timings.jsonl and TensorBoard events; a resumed one forgets steps that were lost."""
+
+    def __init__(self, directory: Path, step: int):
+        # Imported here: the half that only measures has no use for it.
+        from tensorboardX import SummaryWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._metrics, self._timings = directory / "metrics.jsonl", directory / "timings.jsonl"
+        for path in (self._metrics, self._timings):
+            _forget_after(path, step)
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line; a value that is not finite is left out rather than written as invalid JSON."""
+        finite = {k: float(v) for k, v in values.items() if math.isfinite(v)}
+        _append(self._metrics, {"step": step, **finite})
+        for name, value in finite.items():
+            self._events.add_scalar(name, value, step)
+
+    def timing(self, step: int, seconds: float, steps: int) -> None:
+        """Seconds of each of the last `steps` steps, and the most memory that this process has held, in bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        _append(self._timings, {"step": step, "seconds_per_step": seconds / steps, "peak_memory": peak})
+
+    def close(self) -> None:
+        """Flushes the events."""
+        self._events.close()
+
+
+def _append(path: Path, record: Mapping[str, float]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut off by a kill in the middle of a line
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))

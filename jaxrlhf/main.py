@@ -1,0 +1,154 @@
+"""The command line: parse, pick the stage, turn a user's mistake into one clear line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jaxrlhf.files import UserError, read_json, write_json
+from jaxrlhf.logs import say
+
+USAGE = """jaxrlhf COMMAND [flags]
+
+  run        every stage of a recipe, resumable:
+             jaxrlhf run --config=configs/quickstart.py --workdir=runs/quickstart
+  pretrain | sft | reward | ppo | sample | evaluate | report
+             one stage:  jaxrlhf ppo --config=configs/quickstart.py --workdir=runs/quickstart
+  evaluate   anybody's outputs, no config and no training:
+             jaxrlhf evaluate --outputs sft=a.json --outputs rlhf=b.json [--reference=r.json]
+                              [--annotations rlhf=ann.json] [--paper_compat] --workdir=runs/mine
+  report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
+
+Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jaxrlhf/config.py.
+"""
+STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
+
+
+def console() -> None:
+    """The console script `jaxrlhf`: exit status 0 done, 2 the user's input is wrong, 1 anything else."""
+    sys.exit(main(sys.argv))
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command; returns its exit status."""
+    try:
+        _dispatch(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _dispatch(argv: list[str]) -> None:
+    command = argv[1] if len(argv) > 1 else "--help"
+    if command in ("help", "-h", "--help", "--helpfull"):
+        print(USAGE, end="")
+        return
+    if command not in ("run", *STAGES):
+        raise UserError(f"{command!r} is no command; known are run, {', '.join(STAGES)}")
+    rest = [argv[0], *argv[2:]]
+    if any(a in ("-h", "--help") for a in rest):
+        print(USAGE, end="")
+    elif command == "evaluate" and not _has(rest, "config"):
+        _evaluate_outputs(rest)
+    elif command == "report" and not _has(rest, "config"):
+        _report(_parse(rest, _values()).workdir)
+    else:
+        _run_stages(command, rest)
+
+
+def _has(argv: list[str], flag: str) -> bool:
+    return any(a.lstrip("-").split("=", 1)[0] == flag for a in argv if a.startswith("-"))
+
+
+def _values() -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
+    return values
+
+
+def _parse(argv: list[str], values: flags.FlagValues) -> Any:
+    try:
+        extra = values(argv)[1:]
+    except flags.Error as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    _finish_parsing(extra, values)
+    return values
+
+
+def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
+    if extra:
+        raise UserError(f"{extra[0]!r}: not a flag; see `jaxrlhf --help`")
+    if not values["workdir"].value:
+        raise UserError("--workdir=FOLDER is missing: where results go, for example --workdir=runs/mine")
+    workdir = Path(values["workdir"].value)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: a file stands there; name a folder")
+
+
+def _evaluate_outputs(argv: list[str]) -> None:
+    from jaxrlhf.evaluation import results
+
+    values = _values()
+    flags.DEFINE_multi_string("outputs", [], "name=path", flag_values=values)
+    flags.DEFINE_multi_string("annotations", [], "name=path", flag_values=values)
+    flags.DEFINE_string("reference", "", "file of reference answers", flag_values=values)
+    flags.DEFINE_bool("paper_compat", False, "metrics as the released code has them", flag_values=values)
+    parsed = _parse(argv, values)
+    if not parsed.outputs:
+        raise UserError("evaluate takes --config=RECIPE, or --outputs NAME=FILE (once or more)")
+    found = results.evaluate_outputs(
+        outputs=parsed.outputs,
+        reference=parsed.reference,
+        annotations=parsed.annotations,
+        paper_compat=parsed.paper_compat,
+        workdir=Path(parsed.workdir),
+        log=say,
+    )
+    print(results.table(found))
+    say(f"{parsed.workdir}/results.json written; `jaxrlhf report --workdir={parsed.workdir}` draws it")
+
+
+def _report(workdir: str) -> None:
+    from jaxrlhf.evaluation import report
+
+    print(report.write_report(Path(workdir)))
+
+
+def _run_stages(command: str, argv: list[str]) -> None:
+    from jaxrlhf import config as configs
+
+    values = _values()
+    if any(a in ("--config", "-config") for a in argv):
+        raise UserError("write --config=RECIPE, with an equals sign")
+    parsed = configs.parse(argv, values)
+    _finish_parsing([], values)
+    experiment = configs.resolve(parsed)
+    workdir = Path(values["workdir"].value)
+    _claim(workdir, experiment)
+    stages = STAGES if command == "run" else (command,)
+    from jaxrlhf import stages as runner
+
+    runner.run_stages(experiment, workdir, stages, skip_finished=command == "run")
+
+
+def _claim(workdir: Path, experiment: Any) -> None:
+    """Writes the resolved config, or makes sure that the workdir belongs to this one; `evaluation` may change."""
+    import dataclasses
+    import json
+
+    from jaxrlhf.config import changes
+
+    resolved = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    path = workdir / "config.json"
+    if path.exists():
+        different = [c for c in changes(read_json(path), resolved) if not c.startswith("config.evaluation.")]
+        if different:
+            raise UserError(f"{workdir} belongs to another config ({different[0]}); take another --workdir")
+    write_json(path, resolved)

@@ -1,0 +1,110 @@
+"""Texts from policies: sampling records in batches, scoring them, and best-of-N."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import model, sampling, sharding
+from jaxrlhf.data import batches
+from jaxrlhf.experiment import Run
+from jaxrlhf.logs import progress
+from jaxrlhf.types import Frozen, Scorer, Top
+
+
+@dataclass(frozen=True)
+class Responses:
+    """N responses to each of B prompts, on the host."""
+
+    texts: list[list[str]]  # [B][N]
+    finished_BN: np.ndarray  # bool
+    scores_BN: np.ndarray | None  # f32, where a reward model scored them
+
+
+@jax.jit(static_argnames=("arch",))
+def score(arch: model.Architecture, frozen: Frozen, scorer: Scorer, token_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Reward-model scores [B], read at each row's last real token; padding on either side changes nothing."""
+    hidden_BTD = model.trunk(arch, frozen, token_BT, mask_BT)
+    return read_out(arch, scorer, token_BT, hidden_BTD, mask_BT)
+
+
+def read_out(
+    arch: model.Architecture, scorer: Scorer, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array
+) -> jax.Array:
+    """The same from the trunk's hidden states, which all roles share."""
+    final_BTD = model.run_top(arch, scorer.top, token_BT, hidden_BTD, mask_BT)
+    last_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1] > 0, axis=1)
+    final_BD = jnp.take_along_axis(final_BTD, last_B[:, None, None], axis=1)[:, 0]
+    return final_BD.astype(jnp.float32) @ scorer.head.w_D + scorer.head.b
+
+
+def respond(
+    run: Run,
+    top: Top,
+    records: Sequence,
+    *,
+    samples: int,
+    key: jax.Array,
+    generation: sampling.Generation,
+    scorer: Scorer | None = None,
+    title: str = "",
+) -> Responses:
+    """Samples every record's prompt `samples` times, and scores the responses where a reward model is given."""
+    frozen = run.base[0]
+    batch_size = run.config.sampling.batch_size
+    sharding.check_divides("config.sampling.batch_size", batch_size, run.mesh)
+    texts, finished, scores = [], [], []
+    bar = progress(f"{run.title} {title}", len(records))
+    prompt_batches = batches.eval_prompt_batches(
+        records, run.task.tokenizer, batch_size=batch_size, prompt_length=run.config.model.prompt_length
+    )
+    for i, (batch, valid) in enumerate(prompt_batches):
+        batch = sharding.shard_batch(batch, run.mesh)
+        drawn = sampling.sample(
+            run.arch, generation, frozen, top, batch.tokens_BP, batch.mask_BP, jax.random.fold_in(key, i), samples
+        )
+        rows = valid * samples
+        if scorer is not None:
+            token_MT = jnp.concatenate([jnp.repeat(batch.tokens_BP, samples, 0), drawn.tokens_BR], 1)
+            mask_MT = jnp.concatenate([jnp.repeat(batch.mask_BP, samples, 0), drawn.mask_BR], 1)
+            scores.append(np.asarray(score(run.arch, frozen, scorer, token_MT, mask_MT))[:rows].reshape(-1, samples))
+        decoded = decode(run, drawn.tokens_BR, drawn.mask_BR)[:rows]
+        texts += [decoded[j : j + samples] for j in range(0, rows, samples)]
+        finished.append(np.asarray(drawn.finished_B)[:rows].reshape(-1, samples))
+        bar.update(valid)
+    bar.close()
+    return Responses(texts, np.concatenate(finished), np.concatenate(scores) if scores else None)
+
+
+def decode(run: Run, token_BR: jax.Array, mask_BR: jax.Array) -> list[str]:
+    """Responses as text, end-of-text and padding apart."""
+    lengths = np.asarray(mask_BR).sum(1).astype(int)
+    return [run.task.tokenizer.decode(row[:n].tolist()) for row, n in zip(np.asarray(token_BR), lengths, strict=True)]
+
+
+def generation(run: Run) -> sampling.Generation:
+    """How policies are sampled for measurement."""
+    c = run.config.sampling
+    return sampling.Generation(
+        max_tokens=run.config.model.response_length,
+        temperature=c.temperature,
+        top_k=c.top_k,
+        top_p=c.top_p,
+        eos_id=run.task.tokenizer.eos_id,
+        pad_id=run.task.tokenizer.pad_id,
+    )
+
+
+def best_of_n(score_BM: np.ndarray, n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices [B, draws] of best-of-n picks, simulated from a larger pool of M samples a prompt (Kirk et al., s. 4).
+
+    Each draw takes n of the M without replacement and picks the highest score, the first on ties.
+    """
+    B, M = score_BM.shape
+    subset_BDN = rng.permuted(np.broadcast_to(np.arange(M), (B, draws, M)), axis=-1)[..., :n]
+    picked_BD = np.take_along_axis(score_BM[:, None], subset_BDN, -1).argmax(-1)
+    return np.take_along_axis(subset_BDN, picked_BD[..., None], -1)[..., 0]

@@ -1,0 +1,182 @@
+"""The reward model: pairwise cross-entropy at the last real token (Stiennon et al. 2020), then normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrlhf import losses, loop, model, optim, policies, sharding
+from jaxrlhf.data import batches
+from jaxrlhf.evaluation.statistics import wilson
+from jaxrlhf.experiment import Run
+from jaxrlhf.files import read_records, write_records
+from jaxrlhf.types import Frozen, PairBatch, ScalarHead, Scorer, TrainState
+
+
+def loss(
+    arch: model.Architecture, frozen: Frozen, scorer: Scorer, batch: PairBatch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """-log sigmoid(score of the chosen - score of the rejected)."""
+    hidden_BTD = model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT)
+    score_2B = policies.read_out(arch, scorer, batch.tokens_BT, hidden_BTD, batch.mask_BT)
+    chosen_B, rejected_B = jnp.split(score_2B, 2)
+    return losses.reward_loss(chosen_B, rejected_B)
+
+
+@partial(jax.jit, static_argnames=("arch", "tx"), donate_argnames=("state",))
+def step(
+    arch: model.Architecture, tx: optax.GradientTransformation, state: TrainState, frozen: Frozen, batch: PairBatch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on the reward model's top and head."""
+    grads, metrics = jax.grad(lambda scorer: loss(arch, frozen, scorer, batch), has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # pyright: ignore
+    return state, metrics | {"grad_norm": optax.global_norm(grads)}
+
+
+def reward(run: Run) -> None:
+    """Trains the reward model on preferences, from SFT; reports its accuracy on every split; normalises it."""
+    c = run.config.reward
+    sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh)
+    pairs = preferences(run)
+    sizes = {"prompt_length": run.config.model.prompt_length, "response_length": run.config.model.response_length}
+    train_batches = batches.pair_batches(
+        pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=run.seed("reward"), **sizes
+    )
+    tx = optim.optimizer(c.optim, c.loop.steps)
+    frozen = run.base[0]
+    state = loop.run(
+        stage="reward",
+        title=run.title,
+        directory=run.directory("reward"),
+        loop=c.loop,
+        state=optim.new_state(tx, Scorer(top=run.policy("sft"), head=new_head(run)), run.mesh),
+        meta=run.meta,
+        step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
+        evaluate=lambda state: {
+            f"accuracy_{s}": e["accuracy"]["mean"] for s, e in accuracy(run, state.params, pairs).items()
+        },
+    )
+    by_split = accuracy(run, state.params, pairs)
+    run.finish(
+        "reward",
+        {
+            "steps": c.loop.steps,
+            "pairs": {s: len(p) for s, p in pairs.items()},
+            "normalisation": normalisation(run, state.params),
+            **{k: {s: e[k] for s, e in by_split.items() if k in e} for k in ("accuracy", "gold_accuracy")},
+            "truncated": {s: batches.truncation(p, run.task.tokenizer, sizes["prompt_length"]) for s, p in pairs.items()},
+        },
+    )
+
+
+def new_head(run: Run) -> ScalarHead:
+    """A read-out drawn with standard deviation 1/sqrt(D + 1) (Stiennon et al. 2020), bias 0."""
+    w_D = jax.random.normal(run.key("reward head"), (run.arch.width,), jnp.float32) * (run.arch.width + 1) ** -0.5
+    return sharding.place(ScalarHead(w_D=w_D, b=jnp.zeros((), jnp.float32)), run.mesh)
+
+
+def normalisation(run: Run, scorer: Scorer) -> dict[str, float]:
+    """Mean and standard deviation of the scores of SFT samples, to which the reward model is then normalised."""
+    n = run.config.reward.normalise_samples
+    records = [run.task.ppo_prompts[i] for i in range(min(n, len(run.task.ppo_prompts)))]
+    drawn = policies.respond(
+        run,
+        run.policy("sft"),
+        records,
+        samples=1,
+        key=run.key("normalise"),
+        generation=policies.generation(run),
+        scorer=scorer,
+        title="normalise",
+    )
+    assert drawn.scores_BN is not None
+    return {"mean": float(drawn.scores_BN.mean()), "std": max(float(drawn.scores_BN.std()), 1e-6), "n": len(records)}
+
+
+def accuracy(run: Run, scorer: Scorer, pairs: Mapping[str, Sequence]) -> dict[str, dict[str, Any]]:
+    """How often the chosen response scores higher, on every split but `train`; and the one that gold prefers."""
+    c = run.config
+    found = {}
+    for split, records in pairs.items():
+        if split == "train":
+            continue
+        margins = []
+        for batch, valid in batches.eval_pair_batches(
+            records,
+            run.task.tokenizer,
+            batch_size=c.reward.batch_size,
+            prompt_length=c.model.prompt_length,
+            response_length=c.model.response_length,
+        ):
+            batch = sharding.shard_batch(batch, run.mesh)
+            scores = policies.score(run.arch, run.base[0], scorer, batch.tokens_BT, batch.mask_BT)
+            chosen_B, rejected_B = np.split(np.asarray(scores), 2)
+            margins.append((chosen_B - rejected_B)[:valid])
+        margin_B = np.concatenate(margins)
+        found[split] = {"accuracy": wilson(int((margin_B > 0).sum()), len(margin_B))}
+        if run.task.gold is not None:
+            gold_B = np.array([float(r["gold_chosen"]) - float(r["gold_rejected"]) for r in records])
+            right_B = (margin_B * np.sign(gold_B))[gold_B != 0] > 0
+            found[split]["gold_accuracy"] = wilson(int(right_B.sum()), len(right_B))
+    return found
+
+
+def preferences(run: Run) -> Mapping[str, Sequence]:
+    """Preference pairs of each split: the task's own, or SFT samples that its annotators compare."""
+    if run.task.preferences is not None:
+        return run.task.preferences
+    folder = run.directory("reward") / "preferences"
+    sources = {"train": run.task.preference_prompts, **run.task.splits}
+    for i, (split, records) in enumerate(sources.items()):
+        path = folder / f"{split}.jsonl"
+        if not path.exists():
+            write_records(path, _compare(run, split, records, i))
+    return {split: read_records(folder / f"{split}.jsonl") for split in sources}
+
+
+def _compare(run: Run, split: str, records: Sequence, index: int) -> list[dict[str, str]]:
+    """Pairs of one prompt's SFT samples, in the order that a simulated annotator prefers; equal texts are no pair."""
+    gold, prefers_first = run.task.gold, run.task.prefers_first
+    assert gold is not None
+    assert prefers_first is not None
+    samples = run.config.reward.samples_per_prompt
+    drawn = policies.respond(
+        run,
+        run.policy("sft"),
+        records,
+        samples=samples,
+        key=run.key("preferences", index),
+        generation=policies.generation(run),
+        title=f"preferences ({split})",
+    )
+    rng = np.random.default_rng([run.seed("annotators"), index])
+    pairs = []
+    for record, texts, finished_N in zip(records, drawn.texts, drawn.finished_BN, strict=True):
+        golds = [gold(record["facts"], t, bool(f)) for t, f in zip(texts, finished_N, strict=True)]
+        for a in range(0, samples - 1, 2):
+            b = a + 1
+            if texts[a] == texts[b]:
+                continue
+            if not prefers_first(golds[a], golds[b], run.config.world.annotator_temperature, rng):
+                a, b = b, a
+            pairs.append(
+                {
+                    "id": record["id"],
+                    "prompt": record["prompt"],
+                    "chosen": texts[a],
+                    "rejected": texts[b],
+                    "chosen_finished": str(int(finished_N[a])),
+                    "rejected_finished": str(int(finished_N[b])),
+                    "gold_chosen": repr(golds[a]),
+                    "gold_rejected": repr(golds[b]),
+                }
+            )
+    return pairs

@@ -1,0 +1,91 @@
+"""Next-token training: SFT on the top of the model, and the pretraining of a small base, which is the same step."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import optax
+
+from jaxrlhf import losses, loop, model, optim, sharding
+from jaxrlhf.data import batches
+from jaxrlhf.experiment import Run
+from jaxrlhf.split import split
+from jaxrlhf.types import Frozen, SftBatch, Top, TrainState
+
+
+def loss(
+    arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted cross-entropy of each token given those before it."""
+    hidden_BTD = jax.lax.stop_gradient(model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT))
+    final_BTD = model.run_top(arch, top, batch.tokens_BT, hidden_BTD, batch.mask_BT)
+    logits_BTV = model.logits(arch, frozen, top, final_BTD[:, :-1])
+    logp_BT, _ = losses.token_logp(logits_BTV, batch.tokens_BT[:, 1:])
+    return losses.sft_loss(logp_BT, batch.weight_BT[:, 1:])
+
+
+@partial(jax.jit, static_argnames=("arch", "tx"), donate_argnames=("state",))
+def step(
+    arch: model.Architecture, tx: optax.GradientTransformation, state: TrainState, frozen: Frozen, batch: SftBatch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on TOP."""
+    grads, metrics = jax.grad(lambda top: loss(arch, frozen, top, batch), has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # pyright: ignore
+    return state, metrics | {"grad_norm": optax.global_norm(grads)}
+
+
+_evaluate = partial(jax.jit, static_argnames=("arch",))(lambda arch, frozen, top, batch: loss(arch, frozen, top, batch)[1])
+
+
+def train(run: Run, stage: str, frozen: Frozen, top: Top, examples, prompt_weight: float, meta) -> Top:
+    """Trains `top` on examples of {prompt, response}, for `pretrain` and `sft` alike."""
+    c = run.config.sft if stage == "sft" else run.config.pretrain
+    sizes = {"prompt_length": run.config.model.prompt_length, "response_length": run.config.model.response_length}
+    sharding.check_divides(f"config.{stage}.batch_size", c.batch_size, run.mesh)
+    train_batches = batches.sft_batches(
+        examples,
+        run.task.tokenizer,
+        batch_size=c.batch_size,
+        prompt_weight=prompt_weight,
+        seed=run.seed(stage),
+        **sizes,
+    )
+    held_out = list(batches.eval_sft_batches(run.task.validation, run.task.tokenizer, batch_size=c.batch_size, **sizes))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        nats = tokens = 0.0
+        for batch, _ in held_out:
+            metrics = _evaluate(run.arch, frozen, state.params, sharding.shard_batch(batch, run.mesh))
+            nats, tokens = nats + float(metrics["loss"] * metrics["tokens"]), tokens + float(metrics["tokens"])
+        return {"validation_loss": nats / tokens}
+
+    tx = optim.optimizer(c.optim, c.loop.steps)
+    state = loop.run(
+        stage=stage,
+        title=run.title,
+        directory=run.directory(stage),
+        loop=c.loop,
+        state=optim.new_state(tx, top, run.mesh),
+        meta=meta,
+        step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
+        evaluate=evaluate,
+    )
+    cut = batches.truncation(examples, run.task.tokenizer, sizes["prompt_length"])
+    run.finish(stage, {"steps": c.loop.steps, "examples": len(examples), "truncated": {"train": cut}} | evaluate(state))
+    return state.params
+
+
+def pretrain(run: Run) -> None:
+    """The base model from scratch, everything trained; loss on the prompts too, at a lower weight."""
+    frozen, top = split(model.init(run.arch, run.key("init")), 0)
+    top = sharding.place(top, run.mesh)
+    train(run, "pretrain", frozen, top, run.task.documents(), run.config.pretrain.prompt_weight, {})
+
+
+def sft(run: Run) -> None:
+    """Supervised fine-tuning of TOP on demonstrations, with loss on the response and its end-of-text only."""
+    frozen, top = run.base
+    train(run, "sft", frozen, top, run.task.demonstrations, 0.0, run.meta)

@@ -1,0 +1,44 @@
+"""The stages of an experiment in order: which is due, and how far along it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxrlhf import collect, ppo, reward, sft
+from jaxrlhf.config import Experiment
+from jaxrlhf.data import task
+from jaxrlhf.evaluation import report, results
+from jaxrlhf.experiment import STAGES, Run
+from jaxrlhf.logs import say
+
+_TRAIN = {"pretrain": sft.pretrain, "sft": sft.sft, "reward": reward.reward, "ppo": ppo.ppo, "sample": collect.sample}
+
+
+def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_finished: bool) -> None:
+    """Runs the stages named; with `skip_finished`, those that are not complete, and what follows from them."""
+    data = task.load(config, workdir, say) if any(s in _TRAIN for s in stages) else None
+    fresh = False
+    for stage in stages:
+        title = f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}"
+        if stage == "evaluate":
+            if fresh or not skip_finished or not (workdir / "results.json").exists():
+                say(f"{title}: measuring generalisation and diversity")
+                print(results.table(results.evaluate_samples(workdir, config, say)))
+                fresh = True
+        elif stage == "report":
+            if fresh or not skip_finished or not (workdir / "report" / "index.html").exists():
+                say(f"{title}: drawing")
+                print(report.write_report(workdir))
+            else:
+                say(f"{title}: complete; see {workdir / 'report' / 'index.html'}")
+        elif stage == "pretrain" and config.pretrain.init != "scratch":
+            say(f"{title}: the base {config.pretrain.init!r} is shipped; --config.pretrain.init=scratch makes it anew")
+        else:
+            assert data is not None
+            run = Run(config, workdir, data, title)
+            if skip_finished and run.finished(stage):
+                say(f"{title}: complete")
+                continue
+            _TRAIN[stage](run)
+            fresh = True
