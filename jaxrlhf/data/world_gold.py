@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
 
 import numpy as np
 
-from jaxrlhf.data.world_words import SLOTS, sentences, slot_words
+from jaxrlhf.data.world_words import sentences, slot_words
 
 MOST = 4  # wrong facts, repeats and broken bigrams count up to here, so that no sample is an outlier
 FREE_WORDS = 16  # punctuation counts as words; all six facts fit into 14
@@ -26,10 +27,9 @@ def gold_parts(facts: str, response: str, finished: bool) -> dict[str, float]:
     facts covered (0 to 6) - wrong facts (at most 4) - .5 repeats (at most 4) - .15 max(0, words - 16)
     - 1.5 [not finished] - .5 broken bigrams (at most 4).
 
-    A fact is covered when any synonym of its concept occurs, and a concept that the post does not assert of its author's
-    story is wrong, wherever it comes from. A repeat is one more mention of a concept. A bigram is broken when no sentence
-    of the world holds it, with the words of a slot taken as one class; a word that the world does not know breaks the two
-    around it, and so does a line break.
+    A fact is covered when any synonym of its concept occurs; any other concept of the world is wrong, whether an aside
+    told it or nobody did. A repeat is one more mention of a concept. A bigram is broken when no sentence of the world
+    holds it, the words of a slot being one class; unknown words and line breaks are in none.
 
     Args:
       facts: the post's `facts`, a JSON object from slot to concept.
@@ -40,7 +40,7 @@ def gold_parts(facts: str, response: str, finished: bool) -> dict[str, float]:
       `facts`, `wrong`, `repeats`, `length`, `unfinished` and `grammar`, signed.
     """
     true = set(json.loads(facts).items())
-    words = re.findall(r"\n|[^\s]+", response)
+    words = re.findall(r"\n|\S+", response)
     known = slot_words()
     mentions = [known[word] for word in words if word in known]
     told = set(mentions)
@@ -66,15 +66,15 @@ def _broken(words: list[str], finished: bool) -> int:
     allowed = _bigrams()
     # An empty response says nothing, which its facts already show.
     stops_badly = finished and len(words) > 0 and classes[-1] != ""
-    return sum(pair not in allowed for pair in zip(classes, classes[1:], strict=False)) + stops_badly
+    return sum(pair not in allowed for pair in itertools.pairwise(classes)) + stops_badly
 
 
 def _classes(words: list[str]) -> list[str]:
-    """Slot names for fact words and the words themselves otherwise; "" before and after every sentence."""
+    """The slot of each fact word, "{who}", and any other word itself; "" before and after every sentence."""
     known = slot_words()
     classes = [""]
     for word in words:
-        classes.append(known[word][0].upper() if word in known else word)
+        classes.append(f"{{{known[word][0]}}}" if word in known else word)
         if word in (".", "?"):
             classes.append("")
     return classes
@@ -83,8 +83,4 @@ def _classes(words: list[str]) -> list[str]:
 @functools.cache
 def _bigrams() -> frozenset[tuple[str, str]]:
     """All pairs of neighbouring classes in the sentences of the world."""
-    fields = {slot: slot.upper() for slot in SLOTS}
-    pairs: set[tuple[str, str]] = set()
-    for voice in ({"my": "my", "i": "i"}, {"my": "the", "i": "people"}):
-        pass
-    return frozenset(pairs)
+    return frozenset(pair for text in sentences() for pair in itertools.pairwise(_classes(text.split())))

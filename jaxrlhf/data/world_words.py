@@ -21,7 +21,7 @@ KEYWORDS = ("SUBREDDIT:", "TITLE:", "POST:", "ARTICLE:", "TL;DR:", "COMMENT:")
 class Style:
     """How a kind of text is written: its voice, and its templates in each place of a post."""
 
-    voice: tuple[tuple[str, str], ...]  # the fields my, i, i_feel, i_am
+    voice: dict[str, str]  # the fields my, i, i_feel, i_am
     titles: tuple[str, ...]  # none: the post is an `ARTICLE:`
     openers: tuple[str, ...]
     closers: tuple[str, ...]
@@ -53,139 +53,140 @@ NEGATIVE = _concepts(
     "worried/anxious confused/baffled ashamed/embarrassed lonely/isolated"
 )
 
-# What a sentence about somebody else tells; each is preceded by one of the style's asides.
+# What a sentence about somebody else tells; one of the style's asides comes before it.
 ASIDES = (
-    "{my} {who} {act} the {object} in the {place} .",
+    "{my} {who} {act} the {object} .",
     "{my} {who} {act} {my} {object} in the {place} .",
-    "{my} {who} was {feeling} about the {object} .",
-    "{my} {who} wanted to {question} in the {place} .",
+    "{my} {who} was {feeling} in the {place} .",
+    "{my} {who} wanted to {question} .",
 )
 
+# With four asides the longest forum post has 80 tokens, line breaks included; with one it has 50.
 FORUM = Style(
-    voice=(("my", "my"), ("i", "i"), ("i_feel", "i feel"), ("i_am", "i am")),
+    voice={"my": "my", "i": "i", "i_feel": "i feel", "i_am": "i am"},
     titles=(
         "{my} {who} {act} {my} {object}",
         "a story about {my} {who}",
-        "question about {my} {who}",
+        "help with {my} {who}",
         "{my} {who} surprised me today",
-        "i need advice about {my} {who}",
-        "what is up with {my} {who}",
+        "{my} {who} and i",
     ),
-    openers=("hi all .", "hello everyone .", "first post here .", "throwaway account .", "this just happened ."),
-    closers=("thanks for reading .", "any advice ?", "sorry for the long post .", "thanks in advance ."),
+    openers=("hi all .", "hello everyone .", "first post .", "throwaway account ."),
+    closers=("thanks everyone .", "any advice ?", "please help ."),
     events=(
+        "{my} {who} {act} the {object} in the {place} .",
         "yesterday {my} {who} {act} {my} {object} in the {place} .",
-        "so {my} {who} {act} the {object} in the {place} this week .",
-        "last night in the {place} , {my} {who} {act} {my} {object} .",
-        "you should know that {my} {who} {act} the {object} in the {place} .",
-        "i came to the {place} because {my} {who} {act} {my} {object} .",
+        "so {my} {who} {act} {my} {object} in the {place} .",
+        "in the {place} , {my} {who} {act} {my} {object} .",
+        "apparently {my} {who} {act} the {object} in the {place} .",
     ),
     feelings=(
-        "{i_feel} {feeling} about it .",
-        "honestly {i_am} {feeling} now .",
-        "it made me very {feeling} .",
+        "honestly {i_am} {feeling} .",
+        "it made me {feeling} .",
         "{i_am} still {feeling} .",
+        "{i_feel} {feeling} .",
     ),
     questions=(
         "should {i} {question} ?",
-        "do you think {i} should {question} ?",
-        "would it be right to {question} ?",
+        "would you {question} ?",
+        "is it right to {question} ?",
         "is it time to {question} ?",
     ),
-    asides=("meanwhile", "years ago", "last summer", "by the way ,"),
+    asides=("meanwhile", "earlier", "once"),
 )
 
 NEWS = Style(
-    voice=(("my", "the"), ("i", "people"), ("i_feel", "people feel"), ("i_am", "people are")),
+    voice={"my": "the", "i": "people", "i_feel": "people feel", "i_am": "people are"},
     titles=(),
-    openers=("breaking news tonight .", "a report from our correspondent .", "photo by staff ."),
-    closers=("more news at noon .", "updates will follow .", "officials declined to comment ."),
+    openers=("breaking news .", "photo by staff .", "live report ."),
+    closers=("more at noon .", "updates will follow .", "officials declined to comment ."),
     events=(
         "officials say {my} {who} {act} {my} {object} in the {place} .",
         "on monday {my} {who} {act} {my} {object} in the {place} .",
-        "live from the {place} : {my} {who} {act} {my} {object} .",
-        "according to reports from the {place} , {my} {who} {act} {my} {object} .",
+        "news from the {place} : {my} {who} {act} {my} {object} .",
+        "according to reports {my} {who} {act} {my} {object} in the {place} .",
         "sources confirmed that {my} {who} {act} {my} {object} in the {place} .",
     ),
     feelings=(
         "residents said they were {feeling} .",
-        "voters across the country are {feeling} .",
-        "a survey shows that many {i_feel} {feeling} .",
+        "voters are {feeling} tonight .",
+        "many {i_feel} {feeling} .",
     ),
     questions=(
         "analysts ask whether {i} should {question} .",
         "experts debate if {i} should {question} .",
         "will {i} {question} next ?",
     ),
-    asides=("elsewhere", "in other news ,", "earlier this month"),
+    asides=("elsewhere", "overnight", "separately"),
 )
 
 RELATIONSHIPS = Topic(
     "relationships",
     FORUM,
-    dict(
-        who=_concepts(
+    {
+        "who": _concepts(
             "sister brother mother/mom father/dad wife husband girlfriend boyfriend roommate/flatmate "
             "neighbor cousin aunt uncle friend fiance grandmother/grandma grandfather/grandpa ex"
         ),
-        act=_concepts(
-            "sold/auctioned borrowed/took painted/decorated hid/concealed found/discovered cleaned/polished repaired/fixed "
-            "bought/purchased moved/shifted lost/misplaced wrapped/packed photographed dropped swapped/traded"
+        "act": _concepts(
+            "sold/auctioned borrowed/took painted/decorated hid/concealed found/discovered cleaned/polished "
+            "repaired/fixed bought/purchased moved/shifted lost/misplaced wrapped/packed photographed dropped "
+            "swapped/traded"
         ),
-        object=_concepts(
-            "lamp guitar bicycle/bike sofa/couch ring mirror kettle suitcase camera teapot blanket vase piano tent clock "
-            "toaster"
+        "object": _concepts(
+            "lamp guitar bicycle/bike sofa/couch ring mirror kettle suitcase camera teapot blanket vase piano tent "
+            "clock toaster"
         ),
-        place=_concepts(
+        "place": _concepts(
             "kitchen garden/yard garage attic/loft basement/cellar hallway library hotel cafe cabin park market bakery "
             "theater"
         ),
-        question=_concepts("talk/speak wait/stay leave/go apologize celebrate call/phone write/text visit"),
-    ),
+        "question": _concepts("talk/speak wait/stay leave/go apologize celebrate call/phone write/text visit"),
+    },
 )
 JOBS = Topic(
     "jobs",
     FORUM,
-    dict(
-        who=_concepts("boss coworker/colleague manager/supervisor intern client secretary"),
-        act=_concepts("signed printed/copied deleted/erased approved/accepted mailed shredded"),
-        object=_concepts("contract invoice laptop/computer calendar badge spreadsheet"),
-        place=_concepts("office lobby elevator warehouse cafeteria factory"),
-        question=_concepts("resign/quit negotiate/bargain apply retire"),
-    ),
+    {
+        "who": _concepts("boss coworker/colleague manager/supervisor intern client secretary"),
+        "act": _concepts("signed printed/copied deleted/erased approved/accepted mailed shredded"),
+        "object": _concepts("contract invoice laptop/computer calendar badge spreadsheet"),
+        "place": _concepts("office lobby elevator warehouse cafeteria factory"),
+        "question": _concepts("resign/quit negotiate/bargain apply retire"),
+    },
 )
 PETS = Topic(
     "pets",
     FORUM,
-    dict(
-        who=_concepts("dog/puppy cat/kitten parrot hamster rabbit/bunny turtle"),
-        act=_concepts("chewed/nibbled buried chased/hunted licked scratched stole/snatched"),
-        object=_concepts("slipper cushion/pillow carrot ball sandwich curtain"),
-        place=_concepts("bathtub kennel barn/stable hedge meadow pond"),
-        question=_concepts("whistle play cuddle/hug intervene"),
-    ),
+    {
+        "who": _concepts("dog/puppy cat/kitten parrot hamster rabbit/bunny turtle"),
+        "act": _concepts("chewed/nibbled buried chased/hunted licked scratched stole/snatched"),
+        "object": _concepts("slipper cushion/pillow carrot ball sandwich curtain"),
+        "place": _concepts("bathtub kennel barn/stable hedge meadow pond"),
+        "question": _concepts("whistle play cuddle/hug intervene"),
+    },
 )
 SCHOOL = Topic(
     "school",
     FORUM,
-    dict(
-        who=_concepts("teacher classmate tutor professor/lecturer principal coach"),
-        act=_concepts("graded/marked solved explained memorized/learned recited sketched/drew"),
-        object=_concepts("essay textbook poem puzzle/riddle map diploma"),
-        place=_concepts("classroom laboratory/lab gym auditorium dormitory/dorm playground"),
-        question=_concepts("study/revise enroll complain graduate"),
-    ),
+    {
+        "who": _concepts("teacher classmate tutor professor/lecturer principal coach"),
+        "act": _concepts("graded/marked solved explained memorized/learned recited sketched/drew"),
+        "object": _concepts("essay textbook poem puzzle/riddle map diploma"),
+        "place": _concepts("classroom laboratory/lab gym auditorium dormitory/dorm playground"),
+        "question": _concepts("study/revise enroll complain graduate"),
+    },
 )
 WORLD_NEWS = Topic(
     "news",
     NEWS,
-    dict(
-        who=_concepts("minister mayor governor scientist/researcher athlete pilot"),
-        act=_concepts("announced/unveiled banned/outlawed inspected praised/applauded launched rejected"),
-        object=_concepts("treaty budget satellite bridge medal railway"),
-        place=_concepts("capital stadium harbor/port airport parliament museum"),
-        question=_concepts("vote protest/march invest evacuate/flee"),
-    ),
+    {
+        "who": _concepts("minister mayor governor scientist/researcher athlete pilot"),
+        "act": _concepts("announced/unveiled banned/outlawed inspected praised/applauded launched rejected"),
+        "object": _concepts("treaty budget satellite bridge medal railway"),
+        "place": _concepts("capital stadium harbor/port airport parliament museum"),
+        "question": _concepts("vote protest/march invest evacuate/flee"),
+    },
 )
 
 SUBREDDITS = (RELATIONSHIPS, JOBS, PETS, SCHOOL)
@@ -205,7 +206,7 @@ COMMENTS = (
 
 # What a sloppy demonstrator puts around a summary.
 HEDGES = ("long story short ,", "so basically", "in short ,", "well ,")
-SIGN_OFFS = ("that is all .", "what a week .", "any ideas ?", "thanks .")
+SIGN_OFFS = ("the end .", "what a week .", "any ideas ?", "thanks .")
 
 
 @functools.cache
@@ -247,13 +248,20 @@ def _joined(event: str, feeling: str) -> tuple[str, ...]:
 
 @functools.cache
 def sentences() -> tuple[str, ...]:
-    """Every template of the world that is made of whole sentences: all of a post's body, comments and summaries."""
+    """Every sentence of bodies, comments and summaries, in both voices, with fields in place of fact words.
+
+    A hedge is followed by the first word alone of whatever can follow it, which spares thousands of sentences.
+    """
     kept = [frozenset(k) for n in range(1, 7) for k in itertools.combinations(SLOTS, n)]
-    whole = [template for k in kept for template in summaries(k)]
-    posts = [t for s in (FORUM, NEWS) for t in (*s.openers, *s.closers, *s.events, *s.feelings, *s.questions)]
-    asides = [f"{start} {aside}" for s in (FORUM, NEWS) for start in s.asides for aside in ASIDES]
-    hedged = [f"{hedge} {template}" for hedge in HEDGES for template in whole]
-    return (*whole, *hedged, *posts, *asides, *COMMENTS, *SIGN_OFFS)
+    told = [template for k in kept for template in summaries(k)]
+    hedged = [f"{hedge} {start}" for hedge in HEDGES for start in dict.fromkeys(t.split()[0] for t in told)]
+    texts: list[str] = []
+    for s in (FORUM, NEWS):
+        body = (*s.openers, *s.closers, *s.events, *s.feelings, *s.questions)
+        asides = [f"{start} {aside}" for start in s.asides for aside in ASIDES]
+        fields = s.voice | {slot: f"{{{slot}}}" for slot in SLOTS}
+        texts += [t.format_map(fields) for t in (*told, *hedged, *body, *asides, *COMMENTS, *SIGN_OFFS)]
+    return tuple(dict.fromkeys(texts))
 
 
 @functools.cache
@@ -265,9 +273,8 @@ def slot_words() -> dict[str, tuple[str, str]]:
 
 
 def _vocabulary() -> tuple[str, ...]:
-    literal = [*sentences(), *FORUM.titles, *(text for s in (FORUM, NEWS) for _, text in s.voice)]
-    plain = {word for text in literal for word in text.split() if not word.startswith("{")}
-    names = [f"r/{t.name}" for t in SUBREDDITS]
+    plain = {word for text in (*sentences(), *FORUM.titles) for word in text.split() if not word.startswith("{")}
+    names = [f"r/{topic.name}" for topic in SUBREDDITS]
     return (*KEYWORDS, *names, *sorted(plain | slot_words().keys()))
 
 

@@ -1,0 +1,29 @@
+import itertools
+
+import numpy as np
+
+from jaxrlhf.policies import best_of_n
+
+
+def test_best_of_the_whole_pool_is_the_first_maximum():
+    score_BM = np.array([[0.5, -1.25, 2.0, 2.0], [-3.0, -2.5, -2.75, -9.0]])
+    picked_BD = best_of_n(score_BM, 4, 3, np.random.default_rng(0))
+    assert (score_BM[[0, 1], picked_BD.T].T == score_BM.max(1, keepdims=True)).all()
+    assert (picked_BD[1] == 1).all()
+
+
+def test_best_of_one_is_uniform_over_the_pool():
+    picked = best_of_n(np.arange(5.0)[None], 1, 20_000, np.random.default_rng(1))[0]
+    assert np.abs(np.bincount(picked, minlength=5) / 20_000 - 0.2).max() < 0.015
+
+
+def test_expected_best_of_n_equals_enumeration_over_subsets():
+    score_M = np.array([0.3, -1.5, 2.25, 0.9, -0.2, 1.1])
+    exact = np.mean([max(s) for s in itertools.combinations(score_M, 3)])
+    picked = best_of_n(score_M[None], 3, 40_000, np.random.default_rng(2))[0]
+    assert abs(score_M[picked].mean() - exact) < 0.02
+
+
+def test_draws_differ_so_that_diversity_can_be_measured():
+    picked = best_of_n(np.random.default_rng(3).normal(size=(1, 64)), 16, 16, np.random.default_rng(4))[0]
+    assert len(set(picked.tolist())) > 1
