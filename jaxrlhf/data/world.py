@@ -60,7 +60,7 @@ _SPLIT_TOPICS = {"ood_subreddit": (JOBS, PETS, SCHOOL), "ood_news": (WORLD_NEWS,
 
 T = TypeVar("T")
 Facts = dict[str, Concept]
-# Uniform in [0, 1). Everything is drawn from these alone, which numpy promises never to change for a seed.
+# Uniform in [0, 1). Nothing else is drawn: numpy may change how it makes other distributions from the same bits.
 Draw = Callable[[], float]
 
 

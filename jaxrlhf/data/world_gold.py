@@ -13,11 +13,11 @@ import numpy as np
 from jaxrlhf.data.world_words import sentences, slot_words
 
 MOST = 4  # wrong facts, repeats and broken bigrams count up to here, so that no sample is an outlier
-FREE_WORDS = 16  # punctuation counts as words; all six facts fit into 14
+FREE_WORDS = 16  # punctuation counts as words; sentences that tell all six facts take at least 17
 
 
 def gold(facts: str, response: str, finished: bool) -> float:
-    """The known reward of a summary: at most 6, by the formula of `gold_parts`."""
+    """The known reward of a summary: the sum of `gold_parts`; well told, all six facts earn 5.85."""
     return math.fsum(gold_parts(facts, response, finished).values())
 
 
@@ -55,8 +55,11 @@ def gold_parts(facts: str, response: str, finished: bool) -> dict[str, float]:
 
 
 def prefers_first(gold_a: float, gold_b: float, temperature: float, rng: np.random.Generator) -> bool:
-    """One annotator's choice: True with P = sigmoid((gold_a - gold_b) / temperature) (Bradley and Terry, 1952)."""
-    # tanh form: exact and without overflow at any difference
+    """One annotator's choice: True with P = sigmoid((gold_a - gold_b) / temperature), for a temperature above 0.
+
+    Source: Bradley and Terry, 1952.
+    """
+    # As tanh, because exp overflows at large differences.
     return bool(rng.random() < 0.5 + 0.5 * math.tanh((gold_a - gold_b) / temperature / 2.0))
 
 

@@ -46,7 +46,7 @@ def _concepts(words: str) -> tuple[Concept, ...]:
 
 POSITIVE = _concepts(
     "happy/glad proud/honored grateful/thankful excited/thrilled "
-    "relieved/reassured amused/entertained hopeful/optimistic loved/cherished"
+    "relieved/reassured amused/entertained hopeful/optimistic calm/peaceful"
 )
 NEGATIVE = _concepts(
     "sad/unhappy angry/furious scared/afraid jealous/envious "
@@ -82,7 +82,7 @@ FORUM = Style(
     ),
     feelings=(
         "honestly {i_am} {feeling} .",
-        "it made me {feeling} .",
+        "now {i_am} {feeling} .",
         "{i_am} still {feeling} .",
         "{i_feel} {feeling} .",
     ),

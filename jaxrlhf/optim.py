@@ -1,0 +1,44 @@
+"""AdamW and its schedule, and the state that a stage starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxrlhf import sharding
+from jaxrlhf.config import Optim
+from jaxrlhf.files import UserError
+from jaxrlhf.types import TrainState
+
+
+def schedule(c: Optim, steps: int) -> optax.Schedule:
+    """The learning rate at each of `steps` optimizer steps: a linear warm-up, then constant or down to 0."""
+    rest = max(steps - c.warmup, 1)
+    shapes = {
+        "constant": optax.constant_schedule(c.lr),
+        "linear": optax.linear_schedule(c.lr, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(c.lr, rest),
+    }
+    if c.schedule not in shapes:
+        raise UserError(f"config.*.optim.schedule={c.schedule!r}: known are {', '.join(shapes)}")
+    if not c.warmup:
+        return shapes[c.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, c.lr, c.warmup), shapes[c.schedule]], [c.warmup])
+
+
+def optimizer(c: Optim, steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) on clipped gradients, its moments in f32."""
+    adam = optax.adamw(schedule(c, steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(c.clip_norm), adam) if c.clip_norm else adam
+
+
+def new_state(tx: optax.GradientTransformation, params: Any, mesh: Mesh, kl_coef: jax.Array | None = None) -> TrainState:
+    """Step 0 of a stage that trains `params`; the state owns its arrays, since steps donate it."""
+    params = jax.tree.map(jnp.copy, params)
+    # The trained tree's paths end alike in Adam's moments, so one table of rules serves both.
+    state = TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), kl_coef=kl_coef)
+    return sharding.place(state, mesh)
