@@ -1,0 +1,110 @@
+"""TFDS builders for text records, written as array_record: random access, no TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import tensorflow_datasets as tfds
+
+from jaxrlhf.data import world
+from jaxrlhf.files import UserError, read_text, write_text
+
+Record = Mapping[str, str]
+Splits = Mapping[str, Callable[[], Iterable[Record]]]
+
+
+class Records(tfds.core.GeneratorBasedBuilder):
+    """Flat records of text in named splits: what JSON and JSONL files hold."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, splits: Splits, fields: Sequence[str], **kwargs: Any):
+        self._splits, self._fields = splits, tuple(fields)
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in self._fields})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        return {name: self._generate_examples(make) for name, make in self._splits.items()}
+
+    def _generate_examples(self, make: Callable[[], Iterable[Record]]) -> Iterator[tuple[int, dict[str, str]]]:
+        # TFDS shuffles by key; the order that callers rely on comes back through `_order`.
+        for i, record in enumerate(make()):
+            yield i, {name: str(i) if name == "_order" else record[name] for name in self._fields}
+
+
+class World(Records):
+    """The embedded world, from `world.document`, `world.demonstration` and `world.post`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, seed: int, sizes: Mapping[str, int], **kwargs: Any):
+        evaluation = sizes["evaluation"]
+        splits: dict[str, Callable[[], Iterable[Record]]] = {
+            "demonstrations": lambda: (world.demonstration(seed, i) for i in range(sizes["demonstrations"])),
+            "validation": lambda: (world.post(seed, "validation", "id", i) for i in range(evaluation)),
+            "preference": lambda: (world.post(seed, "preference", "id", i) for i in range(sizes["preference"])),
+            "ppo": lambda: (world.post(seed, "ppo", "id", i) for i in range(sizes["ppo"])),
+        }
+        for split in world.SPLITS:
+            splits[split] = lambda split=split: (world.post(seed, "evaluation", split, i) for i in range(evaluation))
+        super().__init__(splits=splits, fields=("_order", "id", "prompt", "response", "facts"), **kwargs)
+
+
+class Texts(Sequence[dict[str, str]]):
+    """A prepared split: random access in the order in which it was written, as text."""
+
+    def __init__(self, source: Any):
+        self._source = source
+        order = sorted((int(source[i]["_order"]), i) for i in range(len(source)))
+        self._index = [i for _, i in order]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, str]: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, str]]: ...
+    def __getitem__(self, i: int | slice) -> dict[str, str] | list[dict[str, str]]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        record = self._source[self._index[i]]
+        return {k: v.decode("utf-8") for k, v in record.items() if k != "_order"}
+
+
+def prepare(make: Callable[[str], Records], folder: Path, fingerprint: str) -> dict[str, Texts]:
+    """The splits of a builder in `folder`, made anew unless what is there has this fingerprint and is whole."""
+    done = folder / "fingerprint.txt"
+    if not done.exists() or read_text(done) != fingerprint:
+        shutil.rmtree(folder, ignore_errors=True)
+        _quietly(lambda: make(str(folder)).download_and_prepare(download_config=_LOCAL))
+        write_text(done, fingerprint)
+    builder = make(str(folder))
+    sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
+    for name in builder._splits:
+        if not sizes.get(name):
+            raise UserError(f"split {name!r} of the data is empty; it needs at least one record")
+    return {name: Texts(builder.as_data_source(split=name)) for name in builder._splits}
+
+
+_LOCAL = tfds.download.DownloadConfig(try_download_gcs=False)
+
+
+def _quietly(work: Callable[[], None]) -> None:
+    tfds.disable_progress_bar()
+    level = logging.getLogger("absl").level
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            work()
+    finally:
+        logging.getLogger("absl").setLevel(level)

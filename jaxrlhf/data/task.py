@@ -1,0 +1,118 @@
+"""A task: its tokenizer, its training data, its evaluation splits, and its gold judge where it has one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxrlhf
+from jaxrlhf.config import Experiment
+from jaxrlhf.data import builders, instructions, tokens, world
+
+Records = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the stages take from a task. Records are {id, prompt, response, ...}, all text."""
+
+    tokenizer: tokens.Tokenizer
+    documents: Callable[[], Records]  # for pretraining, made when asked for
+    demonstrations: Records
+    validation: Records
+    preference_prompts: Records  # whose SFT samples the annotators compare; empty where `preferences` exist
+    preferences: Mapping[str, Records] | None  # "train" and splits; None where annotators compare SFT samples
+    ppo_prompts: Records
+    splits: Mapping[str, Records]  # evaluation prompts, "id" first, then "ood_..."
+    gold: Callable[[str, str, bool], float] | None = None  # (facts, response, finished)
+    prefers_first: Callable[[float, float, float, np.random.Generator], bool] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)  # what was skipped, and how often
+
+
+def load(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Task:
+    """The task of a config, its data prepared under `workdir/data`."""
+    return _world(config, workdir) if config.task == "world" else _files(config, workdir, log)
+
+
+def _world(config: Experiment, workdir: Path) -> Task:
+    c = config.world
+    sizes = {
+        "demonstrations": c.demonstrations,
+        "preference": c.preference_prompts,
+        "ppo": c.ppo_prompts,
+        "evaluation": c.evaluation_prompts,
+    }
+    splits = builders.prepare(
+        lambda folder: builders.World(seed=config.seed, sizes=sizes, data_dir=folder),
+        workdir / "data" / "world",
+        fingerprint(config, sizes),
+    )
+    tokenizer = tokens.word_tokenizer(world.VOCABULARY)
+    tokenizer.save(workdir / "tokenizer.json")
+    return Task(
+        tokenizer=tokenizer,
+        documents=lambda: [world.document(config.seed, i) for i in range(c.documents)],
+        demonstrations=splits["demonstrations"],
+        validation=splits["validation"],
+        preference_prompts=splits["preference"],
+        preferences=None,
+        ppo_prompts=splits["ppo"],
+        splits={s: splits[s] for s in world.SPLITS},
+        gold=world.gold,
+        prefers_first=world.prefers_first,
+    )
+
+
+def _files(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Task:
+    c = config.files
+    found = instructions.read(c, config.seed)
+    log("files: " + ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.notes.items()))
+    records = {
+        "demonstrations": found.demonstrations,
+        "validation": found.validation,
+        "ppo": found.ppo_prompts,
+        **{f"split_{s}": r for s, r in found.splits.items()},
+    }
+    hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for ps in instructions.paths(c).values() for p in ps]
+    mark = fingerprint(config, dataclasses.asdict(c), hashes)
+    texts = _prepare(records, ("_order", "id", "prompt", "response"), workdir / "data" / "texts", mark)
+    fields = ("_order", "id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished")
+    pairs = _prepare(found.preferences, fields, workdir / "data" / "pairs", mark)
+    return Task(
+        tokenizer=_learnt_tokenizer(c.vocab_size, texts["demonstrations"], workdir / "tokenizer.json"),
+        documents=lambda: texts["demonstrations"],
+        demonstrations=texts["demonstrations"],
+        validation=texts["validation"],
+        preference_prompts=(),
+        preferences=pairs,
+        ppo_prompts=texts["ppo"],
+        splits={s: texts[f"split_{s}"] for s in found.splits},
+        notes=found.notes,
+    )
+
+
+def _prepare(
+    records: Mapping[str, Records], fields: Sequence[str], folder: Path, mark: str
+) -> dict[str, builders.Texts]:
+    splits = {name: (lambda found=found: found) for name, found in records.items()}
+    return builders.prepare(lambda path: builders.Records(splits=splits, fields=fields, data_dir=path), folder, mark)
+
+
+def _learnt_tokenizer(vocab_size: int, examples: Records, path: Path) -> tokens.Tokenizer:
+    """Byte-level BPE learnt from the demonstrations; learning is deterministic, so a resumed run finds the same."""
+    tokenizer = tokens.bpe_tokenizer((text for r in examples for text in (r["prompt"], r["response"])), vocab_size)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def fingerprint(config: Experiment, *parts: Any) -> str:
+    """What prepared data depends on: another fingerprint, other data."""
+    told = [jaxrlhf.__version__, config.seed, config.task, dataclasses.asdict(config.world), *parts]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
