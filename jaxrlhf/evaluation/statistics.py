@@ -1,4 +1,70 @@
+"""Estimates with their 95 % interval and the number of items behind them."""
+
+from __future__ import annotations
+
 import math
-def wilson(wins, n):
-    z=1.959963984540054; p=wins/n; d=1+z*z/n; c=(p+z*z/2/n)/d; h=z*math.sqrt(p*(1-p)/n+z*z/4/n/n)/d
-    return {"mean":p,"low":max(0.0,c-h),"high":min(1.0,c+h),"n":n}
+
+import numpy as np
+
+Estimate = dict[str, float]
+Z = 1.959963984540054  # 97.5 % point of the normal distribution
+
+
+def mean_estimate(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean of independent items with its percentile bootstrap interval (Efron 1979): {"mean", "low", "high", "n"}.
+
+    The same seed resamples the same items, so that two policies' intervals over the same prompts move together.
+    """
+    values = np.asarray(values, np.float64)
+    low, high = np.quantile(_resampled_means(values, resamples, seed), [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def difference_estimate(a: np.ndarray, b: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """mean(a) - mean(b) of two independent sets of items, bootstrapped apart; n is the smaller set's size."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    draws = _resampled_means(a, resamples, seed) - _resampled_means(b, resamples, seed + 1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"mean": float(a.mean() - b.mean()), "low": float(low), "high": float(high), "n": min(len(a), len(b))}
+
+
+def win_rate(outcomes: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean outcome in [0, 1] (win 1, draw .5, loss 0) with its standard error, sd(ddof=1) / sqrt(n), as `alpaca_eval`.
+
+    The interval is Wilson's where every outcome is a win or a loss, else bootstrapped over items.
+    """
+    outcomes = np.asarray(outcomes, np.float64)
+    n = len(outcomes)
+    if np.isin(outcomes, (0.0, 1.0)).all():
+        estimate = wilson(int(outcomes.sum()), n)
+    else:
+        estimate = mean_estimate(outcomes, resamples, seed)
+    se = outcomes.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    return estimate | {"se": float(se)}
+
+
+def wilson(wins: int, n: int) -> Estimate:
+    """A proportion with Wilson's score interval (Wilson 1927)."""
+    p = wins / n
+    scale = 1 + Z * Z / n
+    centre = (p + Z * Z / (2 * n)) / scale
+    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / scale
+    return {"mean": p, "low": max(0.0, min(centre - half, p)), "high": min(1.0, max(centre + half, p)), "n": n}
+
+
+def jackknife(whole: float, without: np.ndarray) -> Estimate:
+    """A statistic of a set, from its value on the whole set and without each item: whole +- z * jackknife error.
+
+    The bootstrap would repeat items, and a set with repeats is less diverse, whatever it was drawn from; leaving one
+    out has no such bias, and its variance errs upwards (Efron & Stein 1981).
+    """
+    n = len(without)
+    spread = Z * math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum())) if n > 1 else 0.0
+    return {"mean": whole, "low": whole - spread, "high": whole + spread, "n": n}
+
+
+def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, len(values)])
+    # In blocks: 2,000 x 10,000 indices at once would take 160 MB.
+    blocks = np.array_split(np.arange(resamples), max(1, resamples * len(values) // 2_000_000))
+    return np.concatenate([values[rng.integers(0, len(values), (len(b), len(values)))].mean(1) for b in blocks])

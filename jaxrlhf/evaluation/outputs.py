@@ -1,0 +1,107 @@
+"""Anybody's outputs and verdicts, read into one shape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.files import UserError, read_records
+
+Key = tuple[str, int]  # a prompt, and how often it came before in the same file
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One policy's responses to prompts, in the order of its first file."""
+
+    dataset: dict[Key, str]  # "" where the file does not say
+    responses: dict[Key, list[str]]
+
+
+def read_named(entries: Sequence[str], flag: str) -> dict[str, list[Path]]:
+    """`name=path` entries by name; `UserError` for another form."""
+    found: dict[str, list[Path]] = {}
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if not name or not path:
+            raise UserError(f"--{flag} {entry}: must be NAME=FILE")
+        found.setdefault(name, []).append(Path(path))
+    return found
+
+
+def read_answers(paths: Sequence[Path], name: str, log: Callable[[str], None]) -> Answers:
+    """The files of one policy; several files are several samples of the prompts that all of them answer."""
+    files = [_read_file(path) for path in paths]
+    shared = [key for key in files[0].responses if all(key in f.responses for f in files)]
+    if not shared:
+        raise UserError(f"--outputs {name}: {', '.join(map(str, paths))} answer no prompt in common")
+    lost = len(set().union(*(f.responses for f in files))) - len(shared)
+    if lost:
+        log(f"{name}: {lost} prompts are not in all of its {len(files)} files and are left out")
+    joined = Answers(
+        dataset={key: files[0].dataset[key] for key in shared},
+        responses={key: [text for f in files for text in f.responses[key]] for key in shared},
+    )
+    counts = {len(texts) for texts in joined.responses.values()}
+    if len(counts) > 1:
+        fewest = min(counts)
+        log(f"{name}: prompts have {fewest} to {max(counts)} samples; the first {fewest} of each are measured")
+        for key, texts in joined.responses.items():
+            joined.responses[key] = texts[:fewest]
+    return joined
+
+
+def _read_file(path: Path) -> Answers:
+    records = read_records(path)
+    if not records:
+        raise UserError(f"{path}: holds no record")
+    seen: Counter[str] = Counter()
+    answers = Answers({}, {})
+    for i, record in enumerate(records, 1):
+        prompt, texts = _fields(path, i, record)
+        key = (prompt, seen[prompt])
+        seen[prompt] += 1
+        answers.dataset[key] = str(record.get("dataset") or "")
+        answers.responses[key] = texts
+    return answers
+
+
+def _fields(path: Path, i: int, record: dict[str, Any]) -> tuple[str, list[str]]:
+    if "responses" in record:
+        prompt, texts = record.get("prompt"), record["responses"]
+    else:
+        for field in ("instruction", "output"):
+            if field not in record:
+                raise UserError(
+                    f"{path}, record {i}: no field {field!r}; a record is {{instruction, output}} or {{prompt, responses}}"
+                )
+        prompt, texts = record["instruction"], record["output"]
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(prompt, str):
+        raise UserError(f"{path}, record {i}: the prompt must be a text, found {type(prompt).__name__}")
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise UserError(f"{path}, record {i}: the output must be a text or a list of texts")
+    return prompt, texts
+
+
+def read_verdicts(paths: Sequence[Path]) -> list[tuple[str, float]]:
+    """(dataset, outcome) of each verdict: 1 the policy (output_2) wins, 0 the baseline (output_1), .5 a draw.
+
+    A missing verdict (null) does not count.
+    """
+    outcomes = {1: 0.0, 2: 1.0, 1.5: 0.5, 0: 0.5}
+    found = []
+    for path in paths:
+        for i, record in enumerate(read_records(path, ("preference",)), 1):
+            verdict = record["preference"]
+            if verdict is None:
+                continue
+            if isinstance(verdict, bool) or verdict not in outcomes:
+                raise UserError(f"{path}, record {i}: preference is {verdict!r}; known are 1, 2, 1.5, 0 and null")
+            found.append((str(record.get("dataset") or ""), outcomes[verdict]))
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: no verdict in it")
+    return found
