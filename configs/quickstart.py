@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = default()
     c.name = "quickstart"
     c.task = "world"
-    c.model.update(layers=6, width=64, heads=4, ff_width=192, prompt_length=80, response_length=24)
+    c.model.update(layers=6, width=64, heads=2, ff_width=192, prompt_length=80, response_length=24)
     c.model.freeze_layers = 0.7  # 4 of 6 blocks, with embeddings and output head
     c.pretrain.init = "world"  # made by this recipe with --config.pretrain.init=scratch; see jaxrlhf/assets
     c.pretrain.batch_size = 64

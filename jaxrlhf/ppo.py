@@ -18,7 +18,6 @@ from jaxrlhf.config import Ppo
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError
-from jaxrlhf.logs import say
 from jaxrlhf.reward import new_head
 from jaxrlhf.types import ActorCritic, Fixed, Frozen, PromptBatch, Rollout, Sample, ScalarHead, TrainState
 
@@ -113,7 +112,7 @@ def score(
     return rollout, metrics
 
 
-@partial(jax.jit, static_argnames=("arch", "tx", "c"), donate_argnames=("state", "rollout"))
+@partial(jax.jit, static_argnames=("arch", "tx", "c"), donate_argnames=("state",))
 def update(
     arch: model.Architecture,
     tx: optax.GradientTransformation,
@@ -209,7 +208,6 @@ def ppo(run: Run) -> None:
     )
     cut = batches.truncation(run.task.ppo_prompts, tokenizer, run.config.model.prompt_length)
     run.finish("ppo", {"steps": c.loop.steps, "prompts": len(run.task.ppo_prompts), "truncated": {"train": cut}})
-    say(f"{run.title}: done")
 
 
 def _check(run: Run, c: Ppo) -> None:
