@@ -1,12 +1,14 @@
 """Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `test`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="jaxrlhf",
     version="0.1.0",
     description="RLHF in functional JAX, and what it does to generalisation and diversity",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -19,10 +19,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.name = "quickstart"
     c.task = "world"
     c.model.update(layers=6, width=64, heads=2, ff_width=192, prompt_length=80, response_length=24)
-    c.model.freeze_layers = 0.7  # 4 of 6 blocks, with embeddings and output head
+    c.model.freeze_layers = 0.5  # 3 of 6 blocks, with embeddings and output head
     c.pretrain.init = "world"  # made by this recipe with --config.pretrain.init=scratch; see jaxrlhf/assets
     c.pretrain.batch_size = 64
-    c.pretrain.loop.update(steps=2000, log_every=50, eval_every=500, save_every=500)
+    c.pretrain.loop.update(steps=1000, log_every=20, eval_every=200, save_every=200)
     c.pretrain.optim.update(lr=3e-3, warmup=50, b2=0.98)
     c.sft.batch_size = 32
     c.sft.loop.update(steps=300, log_every=20, eval_every=100, save_every=100)

@@ -31,7 +31,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: Mapping[str, s
 
 
 def restore(manager: ocp.CheckpointManager, like: TrainState, meta: Mapping[str, str]) -> TrainState | None:
-    """The newest state, laid out as `like`, or None where there is none; `UserError` if it belongs to something else."""
+    """The newest state, laid out as `like`, or None if there is none; `UserError` if it belongs elsewhere."""
     step = manager.latest_step()
     if step is None:
         return None

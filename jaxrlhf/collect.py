@@ -1,4 +1,4 @@
-"""The `sample` stage: every policy's responses to every split's prompts, scored, as JSON lines for anyone to measure."""
+"""The `sample` stage: every policy's responses to every split's prompts, scored, as JSON lines."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 from absl import flags
@@ -62,7 +62,9 @@ class Model:
     ff_width: int = 192
     prompt_length: int = 64  # tokens; longer prompts lose their left end, which is counted and reported
     response_length: int = 24  # tokens, the end-of-text token included
-    freeze_layers: float = 0.8  # share of the bottom blocks frozen, with embeddings and output head (paper: 0.8); 0 = nothing
+    freeze_layers: float = (
+        0.8  # share of the bottom blocks frozen, with embeddings and output head (paper: 0.8); 0 = nothing
+    )
 
 
 @dataclass(frozen=True)
@@ -226,12 +228,12 @@ def parse(argv: list[str], values: flags.FlagValues) -> ml_collections.ConfigDic
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
     try:
         values(argv)
-        return values["config"].value
+        return cast(ml_collections.ConfigDict, values["config"].value)
     except (AttributeError, KeyError):
         known = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=[argv[0], f"--config={path}"])
         known([argv[0], f"--config={path}"])
-        raise UserError(_unknown_key(argv, known["config"].value)) from None
+        raise UserError(_unknown_key(argv, cast(ml_collections.ConfigDict, known["config"].value))) from None
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).strip().splitlines()[-1].split())) from None
 
@@ -295,7 +297,9 @@ def _check(e: Experiment) -> None:
     for stage in ("pretrain", "sft", "reward", "ppo"):
         section = getattr(e, stage)
         positive |= {f"{stage}.batch_size": section.batch_size}
-        positive |= {f"{stage}.loop.{k}": getattr(section.loop, k) for k in ("steps", "log_every", "save_every", "keep")}
+        positive |= {
+            f"{stage}.loop.{k}": getattr(section.loop, k) for k in ("steps", "log_every", "save_every", "keep")
+        }
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")

@@ -108,7 +108,9 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
     if c.family not in model.FAMILIES:
         raise UserError(f"config.model.family={c.family!r}: known are {', '.join(model.FAMILIES)}")
     if c.width % c.heads or c.heads % (c.kv_heads or c.heads):
-        raise UserError(f"config.model: width={c.width} must divide by heads={c.heads}, and heads by kv_heads={c.kv_heads}")
+        raise UserError(
+            f"config.model: width={c.width} must divide by heads={c.heads}, and heads by kv_heads={c.kv_heads}"
+        )
     return model.Architecture(
         vocab_size=vocab_size,
         layers=c.layers,

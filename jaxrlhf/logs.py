@@ -23,7 +23,12 @@ def progress(title: str, total: int, done: int = 0) -> tqdm:
     """A bar on standard error with the time left; in a log that is no terminal, a line now and then."""
     terminal = sys.stderr.isatty()
     return tqdm(
-        total=total, initial=done, desc=title, file=sys.stderr, mininterval=0.5 if terminal else 10, dynamic_ncols=terminal
+        total=total,
+        initial=done,
+        desc=title,
+        file=sys.stderr,
+        mininterval=0.5 if terminal else 10,
+        dynamic_ncols=terminal,
     )
 
 

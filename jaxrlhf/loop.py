@@ -51,7 +51,9 @@ def run(
                 if evaluate and (last or (loop.eval_every and done % loop.eval_every == 0)):
                     values |= {f"{stage}/{k}": float(v) for k, v in evaluate(state).items()}
                 if not jnp.isfinite(values[f"{stage}/loss"]):
-                    raise FloatingPointError(f"{stage}: the loss is {values[f'{stage}/loss']} at step {done}; lower lr?")
+                    raise FloatingPointError(
+                        f"{stage}: the loss is {values[f'{stage}/loss']} at step {done}; lower lr?"
+                    )
                 log.metrics(done, values)
                 log.timing(done, time.monotonic() - marked, done - marked_at)
                 marked, marked_at = time.monotonic(), done

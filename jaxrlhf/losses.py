@@ -14,13 +14,24 @@ Metrics = dict[str, jax.Array]
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `x` where `mask` is 1; 0 for an empty mask."""
-    mask = mask.astype(jnp.float32)
-    return jnp.where(mask > 0, x, 0.0).astype(jnp.float32).sum() / jnp.maximum(mask.sum(), 1.0)
+    """sum(x * mask) / sum(mask), f32 scalar, for any shape; 0 for an empty mask.
+
+    The released code of Kirk et al. (2024) divides by the padded size instead, so short answers weigh less.
+    """
+    total = mask.astype(jnp.float32).sum()
+    return (_real(x, mask) * mask).astype(jnp.float32).sum() / jnp.where(total > 0, total, 1.0)
+
+
+def _real(x: jax.Array, mask: jax.Array) -> jax.Array:
+    # A select, not a product: 0 * inf would be NaN.
+    return jnp.where(mask > 0, x, 0.0).astype(jnp.float32)
 
 
 def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
-    """(x - mean) / sqrt(var + 1e-8) over real tokens; without `shift_mean` the mean is added back. Padding becomes 0."""
+    """(x - mean) / sqrt(var + 1e-8), mean and variance over real tokens; f32 of the shape of `x`, padding becomes 0.
+
+    Without `shift_mean` the mean is added back, as for whitened rewards (Huang et al. 2024, N+ details).
+    """
     mean = masked_mean(x, mask)
     centred = jnp.where(mask > 0, x, mean).astype(jnp.float32) - mean
     whitened = centred * jax.lax.rsqrt(masked_mean(centred**2, mask) + 1e-8)
@@ -28,22 +39,24 @@ def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax
 
 
 def token_logp(logits_BRV: jax.Array, target_BR: jax.Array, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target, and the entropy of each distribution, at a temperature: two f32 [B, R]."""
+    """Log softmax(logits / temperature) at each target, and the entropy in nats of each distribution: two f32 [B, R].
+
+    `temperature` > 0. Logits of -inf are words that cannot be drawn; they add nothing to the entropy.
+    """
     logp_BRV = jax.nn.log_softmax(logits_BRV.astype(jnp.float32) / temperature, axis=-1)
-    entropy_BR = -(jnp.exp(logp_BRV) * logp_BRV).sum(-1)
+    # p log p is 0 at p = 0; the select keeps 0 * inf out of value and gradient.
+    entropy_BR = -(jnp.exp(logp_BRV) * jnp.where(jnp.isfinite(logp_BRV), logp_BRV, 0.0)).sum(-1)
     return jnp.take_along_axis(logp_BRV, target_BR[..., None], -1)[..., 0], entropy_BR
 
 
 def sft_loss(logp_BT: jax.Array, weight_BT: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Weighted mean of -log p: sum(w * -logp) / sum(w)."""
-    tokens = weight_BT.astype(jnp.float32).sum()
-    nll = jnp.where(weight_BT > 0, -logp_BT * weight_BT, 0.0).astype(jnp.float32).sum()
-    loss = nll / jnp.maximum(tokens, 1e-8)
-    return loss, {"loss": loss, "tokens": tokens}
+    """Weighted mean of -log p in nats: sum(w * -logp) / sum(w), 0 where all weights are; `tokens` is sum(w)."""
+    loss = masked_mean(-logp_BT, weight_BT)
+    return loss, {"loss": loss, "tokens": weight_BT.astype(jnp.float32).sum()}
 
 
 def reward_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Mean of -log sigmoid(chosen - rejected) (Stiennon et al. 2020, eq. 1); ties count half in the accuracy."""
+    """Mean of -log sigmoid(chosen - rejected) (Stiennon et al. 2020, s. 3.4); ties count half in the accuracy."""
     margin_B = chosen_B.astype(jnp.float32) - rejected_B.astype(jnp.float32)
     loss = -jax.nn.log_sigmoid(margin_B).mean()
     accuracy = jnp.where(margin_B == 0, 0.5, (margin_B > 0).astype(jnp.float32)).mean()
@@ -54,6 +67,7 @@ def kl(logp_BR: jax.Array, ref_logp_BR: jax.Array, kind: str) -> jax.Array:
     """Per-token estimators of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL").
 
     With d = logp - ref: k1 = d, unbiased; k2 = d^2 / 2, biased, low variance; k3 = exp(-d) - 1 + d, unbiased, >= 0.
+    f32 [B, R]; padding is not masked here. Any other kind is a ValueError.
     """
     d_BR = logp_BR.astype(jnp.float32) - ref_logp_BR.astype(jnp.float32)
     if kind == "k1":
@@ -66,24 +80,33 @@ def kl(logp_BR: jax.Array, ref_logp_BR: jax.Array, kind: str) -> jax.Array:
 
 
 def adapt_kl_coef(coef: jax.Array, observed_kl: jax.Array, target: float, horizon: int, n: int) -> jax.Array:
-    """coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon) (Ziegler et al. 2019, s. 2.2), after n responses."""
+    """Coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon) (Ziegler et al. 2019, s. 2.2), after n responses."""
     error = jnp.clip(observed_kl / target - 1.0, -0.2, 0.2)
     return (coef * (1.0 + error * (n / horizon))).astype(jnp.float32)
 
 
-def score_penalties(score_B: jax.Array, length_B: jax.Array, finished_B: jax.Array, c: Ppo, max_length: int) -> jax.Array:
-    """The released code's shaping of the score (Kirk et al. 2024): length penalty, end-of-text bonus and requirement."""
-    length_B = length_B.astype(jnp.float32) / max_length
-    shaped_B = score_B.astype(jnp.float32) - c.length_penalty * length_B**5 + jnp.where(finished_B, c.eos_bonus, 0.0)
+def score_penalties(
+    score_B: jax.Array, length_B: jax.Array, finished_B: jax.Array, c: Ppo, max_length: int
+) -> jax.Array:
+    """Score - length_penalty * (length / max_length)^5 + eos_bonus if finished; f32 [B].
+
+    With `eos_required` the whole score of an unfinished response is `eos_missing` (-1 in Huang et al. 2024). Penalty
+    and bonus are options of the code of Kirk et al. (2024), off by default.
+    """
+    share_B = length_B.astype(jnp.float32) / max_length
+    shaped_B = score_B.astype(jnp.float32) - c.length_penalty * share_B**5 + jnp.where(finished_B, c.eos_bonus, 0.0)
     return jnp.where(finished_B, shaped_B, c.eos_missing) if c.eos_required else shaped_B
 
 
 def token_rewards(score_B: jax.Array, kl_BR: jax.Array, mask_BR: jax.Array, kl_coef: jax.Array | float) -> jax.Array:
-    """-kl_coef * kl on each real token, plus the score on the last real one of right-padded rows. f32 [B, R]."""
+    """-kl_coef * kl on each real token, plus the score on the last real one (Ziegler et al. 2019, eq. 2). f32 [B, R].
+
+    The last token is read off the mask of right-padded rows; a row without any real token gets no reward.
+    """
     position_R = jnp.arange(mask_BR.shape[1])
     last_B1 = jnp.where(mask_BR > 0, position_R, -1).max(-1, keepdims=True)
-    reward_BR = jnp.where(mask_BR > 0, -kl_coef * kl_BR, 0.0)
-    return reward_BR + jnp.where(position_R == last_B1, score_B[:, None], 0.0).astype(jnp.float32)
+    penalty_BR = kl_coef * _real(kl_BR, mask_BR)
+    return (jnp.where(position_R == last_B1, score_B[:, None], 0.0) - penalty_BR).astype(jnp.float32)
 
 
 def gae(
@@ -93,8 +116,7 @@ def gae(
 
     delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}; V and A are 0 after the last real token.
     """
-    reward_BR = jnp.where(mask_BR > 0, reward_BR, 0.0).astype(jnp.float32)
-    value_BR = jnp.where(mask_BR > 0, value_BR, 0.0).astype(jnp.float32)
+    reward_BR, value_BR = _real(reward_BR, mask_BR), _real(value_BR, mask_BR)
     next_BR = jnp.pad(value_BR[:, 1:], ((0, 0), (0, 1)))
     delta_BR = reward_BR + gamma * next_BR - value_BR
 
@@ -119,14 +141,14 @@ def ppo_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Clipped policy and value losses (Schulman et al. 2017, eq. 7 and 9; value clipping as in Huang et al. 2024).
 
-    mean max(-A r, -A clip(r, 1 - e, 1 + e)) + value_coef * mean .5 max((V - G)^2, (clip(V) - G)^2) - entropy_coef * H.
+    mean max(-A r, -A clip(r, 1 - e, 1 + e)) + value_coef * mean .5 max((V - G)^2, (clip(V) - G)^2) - entropy_coef * H,
+    r = exp(logp - old_logp), clip(V) within `value_clip` of the old value, all means over real tokens of [B, R].
+    Advantages are whitened by the caller, once over the rollout batch. `approx_kl` is k3 of KL(old || new).
     """
     # Padding is silenced before any exp or square, so that nothing there can turn a gradient into NaN.
-    real = mask_BR > 0
-    log_ratio_BR = jnp.where(real, logp_BR - old_logp_BR, 0.0)
-    value_BR = jnp.where(real, value_BR, 0.0)
-    old_value_BR, return_BR = jnp.where(real, old_value_BR, 0.0), jnp.where(real, return_BR, 0.0)
-    advantage_BR = jnp.where(real, advantage_BR, 0.0)
+    log_ratio_BR = _real(logp_BR, mask_BR) - _real(old_logp_BR, mask_BR)
+    value_BR, old_value_BR = _real(value_BR, mask_BR), _real(old_value_BR, mask_BR)
+    return_BR, advantage_BR = _real(return_BR, mask_BR), _real(advantage_BR, mask_BR)
     ratio_BR = jnp.exp(log_ratio_BR)
     plain_BR = -advantage_BR * ratio_BR
     clipped_BR = -advantage_BR * jnp.clip(ratio_BR, 1 - c.clip, 1 + c.clip)
@@ -153,5 +175,6 @@ def explained_variance(value_BR: jax.Array, return_BR: jax.Array, mask_BR: jax.A
     def variance(x: jax.Array) -> jax.Array:
         return masked_mean((x - masked_mean(x, mask_BR)) ** 2, mask_BR)
 
+    value_BR, return_BR = _real(value_BR, mask_BR), _real(return_BR, mask_BR)
     total = variance(return_BR)
     return jnp.where(total > 1e-8, 1.0 - variance(return_BR - value_BR) / jnp.maximum(total, 1e-8), 0.0)

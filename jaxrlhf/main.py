@@ -87,7 +87,7 @@ def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
         raise UserError(f"{extra[0]!r}: not a flag; see `jaxrlhf --help`")
     if not values["workdir"].value:
         raise UserError("--workdir=FOLDER is missing: where results go, for example --workdir=runs/mine")
-    workdir = Path(values["workdir"].value)
+    workdir = Path(str(values["workdir"].value))
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: a file stands there; name a folder")
 
@@ -130,7 +130,7 @@ def _run_stages(command: str, argv: list[str]) -> None:
     parsed = configs.parse(argv, values)
     _finish_parsing([], values)
     experiment = configs.resolve(parsed)
-    workdir = Path(values["workdir"].value)
+    workdir = Path(str(values["workdir"].value))
     _claim(workdir, experiment)
     stages = STAGES if command == "run" else (command,)
     from jaxrlhf import stages as runner

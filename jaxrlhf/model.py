@@ -162,7 +162,12 @@ def causal(mask_BT: jax.Array) -> jax.Array:
 
 
 def run_blocks(
-    arch: Architecture, blocks: Params, h_BTD: jax.Array, position_BT: jax.Array, mask_BTS: jax.Array, keep: bool = False
+    arch: Architecture,
+    blocks: Params,
+    h_BTD: jax.Array,
+    position_BT: jax.Array,
+    mask_BTS: jax.Array,
+    keep: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Runs stacked blocks over whole sequences; with `keep`, also returns keys and values as [L, B, S, G, K] each."""
 
@@ -216,7 +221,7 @@ def init(arch: Architecture, key: jax.Array) -> Params:
     """Fresh f32 parameters: {"embed", "blocks", "final_norm", "lm_head"}, every leaf of "blocks" [L, ...].
 
     Attention starts near the identity, as in Trockman & Kolter 2023 ("Mimetic initialization"): queries meet the keys
-    of like tokens and values pass through, without which a model this small does not learn to copy in hundreds of steps.
+    of like tokens and values pass through, without which a small model does not learn to copy in hundreds of steps.
     """
     key_embed, key_position, key_blocks, key_head = jax.random.split(key, 4)
     h_BTD = jnp.zeros((1, 1, arch.width), jnp.float32)
@@ -225,7 +230,7 @@ def init(arch: Architecture, key: jax.Array) -> Params:
 
     def one(key: jax.Array) -> Params:
         attend: Attend = lambda q, k, v: (attention(q, k, v, mask_BTS), None)  # noqa: E731
-        return _near_identity(Block(arch).init(key, h_BTD, position_BT, attend)["params"])
+        return _near_identity(dict(Block(arch).init(key, h_BTD, position_BT, attend)["params"]))
 
     scale = arch.width**-0.5
     table = {"tokens": scale * jax.random.normal(key_embed, (arch.vocab_size, arch.width), jnp.float32)}

@@ -36,7 +36,9 @@ def optimizer(c: Optim, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(c.clip_norm), adam) if c.clip_norm else adam
 
 
-def new_state(tx: optax.GradientTransformation, params: Any, mesh: Mesh, kl_coef: jax.Array | None = None) -> TrainState:
+def new_state(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh, kl_coef: jax.Array | None = None
+) -> TrainState:
     """Step 0 of a stage that trains `params`; the state owns its arrays, since steps donate it."""
     params = jax.tree.map(jnp.copy, params)
     # The trained tree's paths end alike in Adam's moments, so one table of rules serves both.

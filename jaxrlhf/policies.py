@@ -26,7 +26,9 @@ class Responses:
 
 
 @jax.jit(static_argnames=("arch",))
-def score(arch: model.Architecture, frozen: Frozen, scorer: Scorer, token_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+def score(
+    arch: model.Architecture, frozen: Frozen, scorer: Scorer, token_BT: jax.Array, mask_BT: jax.Array
+) -> jax.Array:
     """Reward-model scores [B], read at each row's last real token; padding on either side changes nothing."""
     hidden_BTD = model.trunk(arch, frozen, token_BT, mask_BT)
     return read_out(arch, scorer, token_BT, hidden_BTD, mask_BT)

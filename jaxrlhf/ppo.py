@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import losses, loop, model, optim, policies, sampling, sharding
+from jaxrlhf import loop, losses, model, optim, policies, sampling, sharding
 from jaxrlhf.config import Ppo
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
@@ -155,7 +155,7 @@ def update(
     )
     kl = ((rollout.logp_BR - rollout.ref_logp_BR) * rollout.response_mask_BR).sum(-1).mean()
     kl_coef = state.kl_coef
-    if c.kl_target:
+    if c.kl_target and kl_coef is not None:
         kl_coef = losses.adapt_kl_coef(kl_coef, kl, c.kl_target, c.kl_horizon, B)
     state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         step=state.step + 1, params=carry[0], opt_state=carry[1], kl_coef=kl_coef
@@ -189,9 +189,7 @@ def ppo(run: Run) -> None:
     def step(state: TrainState, i: int) -> tuple[TrainState, dict]:
         batch: PromptBatch = sharding.shard_batch(prompts[i], run.mesh)
         draw_key, update_key = jax.random.split(run.key("ppo", i))
-        drawn = sampling.sample(
-            run.arch, gen, fixed.frozen, state.params.top, batch.tokens_BP, batch.mask_BP, draw_key
-        )
+        drawn = sampling.sample(run.arch, gen, fixed.frozen, state.params.top, batch.tokens_BP, batch.mask_BP, draw_key)
         rollout, seen = score(run.arch, c, fixed, state.params, state.kl_coef, batch, drawn)
         state, learnt = update(run.arch, tx, c, state, fixed.frozen, rollout, update_key)
         logged = (i + 1) % c.loop.log_every == 0 or i + 1 == c.loop.steps

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import losses, loop, model, optim, policies, sharding
+from jaxrlhf import loop, losses, model, optim, policies, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
@@ -72,7 +72,9 @@ def reward(run: Run) -> None:
             "pairs": {s: len(p) for s, p in pairs.items()},
             "normalisation": normalisation(run, state.params),
             **{k: {s: e[k] for s, e in by_split.items() if k in e} for k in ("accuracy", "gold_accuracy")},
-            "truncated": {s: batches.truncation(p, run.task.tokenizer, sizes["prompt_length"]) for s, p in pairs.items()},
+            "truncated": {
+                s: batches.truncation(p, run.task.tokenizer, sizes["prompt_length"]) for s, p in pairs.items()
+            },
         },
     )
 

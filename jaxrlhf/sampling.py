@@ -82,7 +82,9 @@ def sample(
     M, R = B * samples, gen.max_tokens
     final_B1D, prefix = _prefill(arch, frozen, top, prompt_BP, mask_BP)
     logits_MV = jnp.repeat(model.logits(arch, frozen, top, final_B1D)[:, 0], samples, axis=0)
-    layers = [jax.tree.map(lambda x, i=i: x[i], part) for part in (frozen.blocks, top.blocks) for i in range(_depth(part))]
+    layers = [
+        jax.tree.map(lambda x, i=i: x[i], part) for part in (frozen.blocks, top.blocks) for i in range(_depth(part))
+    ]
     length_M = jnp.repeat(mask_BP.sum(-1).astype(jnp.int32), samples)
     empty = jnp.zeros((M, arch.kv_heads, R, arch.head_width), prefix[0][0].dtype)
     state = _Decoding(
@@ -105,9 +107,7 @@ def sample(
     # The last token drawn is never fed back, so the loop stops one step short and draws it after.
     state = jax.lax.while_loop(lambda s: (s.step < R - 1) & ~s.done_M.all(), body, state)
     state = _draw(gen, state)
-    return Sample(
-        tokens_BR=state.tokens_MR, mask_BR=state.mask_MR, logp_BR=state.logp_MR, finished_B=state.done_M
-    )
+    return Sample(tokens_BR=state.tokens_MR, mask_BR=state.mask_MR, logp_BR=state.logp_MR, finished_B=state.done_M)
 
 
 def _depth(blocks: Params) -> int:
@@ -164,9 +164,7 @@ def _attend(q_M1HK, k_M1GK, v_M1GK, *, shared, own, mask_BP, step):
     prefix_BGXP = jnp.einsum("bgxk,bgpk->bgxp", q_BGXK, shared[0], preferred_element_type=jnp.float32)
     prefix_BGXP = jnp.where(mask_BP[:, None, None] > 0, prefix_BGXP * K**-0.5, model.MASKED)
     prefix_MGQP = prefix_BGXP.reshape(B, G, N, Q, P).swapaxes(1, 2).reshape(M, G, Q, P)
-    suffix_MGQR = jnp.einsum(
-        "mgqk,mgrk->mgqr", q_M1HK.reshape(M, G, Q, K), k_MGRK, preferred_element_type=jnp.float32
-    )
+    suffix_MGQR = jnp.einsum("mgqk,mgrk->mgqr", q_M1HK.reshape(M, G, Q, K), k_MGRK, preferred_element_type=jnp.float32)
     suffix_MGQR = jnp.where(jnp.arange(R) <= step, suffix_MGQR * K**-0.5, model.MASKED)
     weight = jax.nn.softmax(jnp.concatenate([prefix_MGQP, suffix_MGQR], -1), axis=-1).astype(v_MGRK.dtype)
     weight_BGXP = weight[..., :P].reshape(B, N, G, Q, P).swapaxes(1, 2).reshape(B, G, N * Q, P)

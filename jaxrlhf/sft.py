@@ -7,16 +7,14 @@ from functools import partial
 import jax
 import optax
 
-from jaxrlhf import losses, loop, model, optim, sharding
+from jaxrlhf import loop, losses, model, optim, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.split import split
 from jaxrlhf.types import Frozen, SftBatch, Top, TrainState
 
 
-def loss(
-    arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted cross-entropy of each token given those before it."""
     hidden_BTD = jax.lax.stop_gradient(model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT))
     final_BTD = model.run_top(arch, top, batch.tokens_BT, hidden_BTD, batch.mask_BT)
@@ -37,7 +35,9 @@ def step(
     return state, metrics | {"grad_norm": optax.global_norm(grads)}
 
 
-_evaluate = partial(jax.jit, static_argnames=("arch",))(lambda arch, frozen, top, batch: loss(arch, frozen, top, batch)[1])
+_evaluate = partial(jax.jit, static_argnames=("arch",))(
+    lambda arch, frozen, top, batch: loss(arch, frozen, top, batch)[1]
+)
 
 
 def train(run: Run, stage: str, frozen: Frozen, top: Top, examples, prompt_weight: float, meta) -> Top:

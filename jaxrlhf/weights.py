@@ -25,7 +25,7 @@ def load_params(path: Path) -> tuple[Params, dict[str, str]]:
     """Reads what `save_params` wrote, and its metadata."""
     try:
         with safe_open(path, "np") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None

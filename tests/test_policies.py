@@ -8,7 +8,7 @@ from jaxrlhf.policies import best_of_n
 def test_best_of_the_whole_pool_is_the_first_maximum():
     score_BM = np.array([[0.5, -1.25, 2.0, 2.0], [-3.0, -2.5, -2.75, -9.0]])
     picked_BD = best_of_n(score_BM, 4, 3, np.random.default_rng(0))
-    assert (score_BM[[0, 1], picked_BD.T].T == score_BM.max(1, keepdims=True)).all()
+    assert (score_BM.max(1, keepdims=True) == score_BM[[0, 1], picked_BD.T].T).all()
     assert (picked_BD[1] == 1).all()
 
 

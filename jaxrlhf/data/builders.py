@@ -93,7 +93,8 @@ def prepare(make: Callable[[str], Records], folder: Path, fingerprint: str) -> d
     for name in builder._splits:
         if not sizes.get(name):
             raise UserError(f"split {name!r} of the data is empty; it needs at least one record")
-    return {name: Texts(builder.as_data_source(split=name)) for name in builder._splits}
+    data: Any = builder
+    return {name: Texts(data.as_data_source(split=name)) for name in builder._splits}
 
 
 _LOCAL = tfds.download.DownloadConfig(try_download_gcs=False)

@@ -41,7 +41,8 @@ def read(c: Files, seed: int) -> Instructions:
     """Reads every file, checks every record, and puts each instruction on one side of the held-out line for good."""
     if not 0 < c.held_out < 1:
         raise UserError(f"config.files.held_out={c.held_out}: a share between 0 and 1")
-    files, notes = paths(c), dict.fromkeys(("empty_outputs", "draws", "missing_verdicts", "without_reference"), 0)
+    files = paths(c)
+    notes: dict[str, int] = {"empty_outputs": 0, "draws": 0, "missing_verdicts": 0, "without_reference": 0}
     place = _placer(c, seed)
     reference = {r["instruction"]: r for r in read_records(files["reference"][0], ("instruction", "output"))}
     outputs = [r for p in files["demonstrations"] for r in read_records(p, ("instruction", "output", "dataset"))]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 

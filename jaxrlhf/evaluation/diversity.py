@@ -1,6 +1,6 @@
 """How varied a set of texts is: EAD, distinct-n and n-gram cosine.
 
-Per input, the set is the N responses to one prompt; across inputs, one response to each prompt (Kirk et al. 2024, s. 5).
+Per input, the set is the N responses to one prompt; across inputs, one response to each (Kirk et al. 2024, s. 5).
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def distinct(grams: Sequence[Grams]) -> float:
 def ead(grams: Sequence[Grams]) -> float:
     """Expectation-adjusted distinct n-grams (Liu et al. 2022), averaged over n = 1 to 5.
 
-    N / (V (1 - ((V - 1) / V)^C)) with N distinct of C n-grams and V = 50257: the distinct n-grams over the number that C
-    draws from V equally likely ones would give. At least 0; as there are more n-grams than V for n > 1, it can exceed 1,
-    and across inputs it grows with the length of the texts.
+    N / (V (1 - ((V - 1) / V)^C)) with N distinct of C n-grams and V = 50257: the distinct n-grams over the number that
+    C draws from V equally likely ones would give. At least 0; as there are more n-grams than V for n > 1, it can
+    exceed 1, and across inputs it grows with the length of the texts.
     """
     return float(_ead(*_totals(grams)).mean())
 
 
 def ngram_cosine(grams: Sequence[Grams]) -> float:
-    """Mean over pairs of 1 - cosine of their 3-gram counts (Tevet & Berant 2021). In [0, 1]; 0 for fewer than two texts.
+    """Mean over pairs of 1 - cosine of their 3-gram counts (Tevet & Berant 2021). In [0, 1]; 0 for one text.
 
     A text without 3-grams is like no other.
     """
@@ -67,9 +67,9 @@ def per_input(grams: Sequence[Sequence[Grams]]) -> dict[str, np.ndarray]:
 
 
 def across_input(grams: Sequence[Sequence[Grams]]) -> dict[str, tuple[float, np.ndarray]]:
-    """Each metric over one response to each prompt, averaged over which response: its value, and without each prompt.
+    """Each metric over one response to each prompt, averaged over which response; also without each prompt.
 
-    With N responses a prompt, set j holds response j of every prompt. Returns (value, [B] values with a prompt left out).
+    With N responses a prompt, set j holds response j of every prompt. Returns (value, [B] values without one).
     """
     found: dict[str, list[tuple[float, np.ndarray]]] = {name: [] for name in METRICS}
     for j in range(min(len(sets) for sets in grams)):

@@ -1,4 +1,4 @@
-"""The report's figures: one function a picture, from results and metrics to a PNG whose bytes do not hang on the clock."""
+"""The report's figures: one function a picture, to a PNG whose bytes do not hang on the clock."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from matplotlib.axes import Axes
 Results = Mapping[str, Any]
 # Okabe & Ito's colours, which stay apart for colour-blind eyes.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+}
 NAMES = {"sft": "SFT", "bon": "best-of-N", "ppo": "PPO", "id": "in-distribution"}
 LABELS = {
     "win_rate": "win rate against the reference",
@@ -46,10 +54,10 @@ def draw(results: Results, metrics: Mapping[str, Sequence[Mapping[str, float]]],
         "diversity": _diversity,
         "tradeoff": _tradeoff,
     }
-    figures = {name: make(results) for name, make in pictures.items()}
-    figures |= {f"training_{stage}": _curves(stage, rows) for stage, rows in metrics.items()}
     found = {}
-    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
+    with plt.rc_context(STYLE):
+        figures = {name: make(results) for name, make in pictures.items()}
+        figures |= {f"training_{stage}": _curves(stage, rows) for stage, rows in metrics.items()}
         for name, figure in figures.items():
             if figure is not None:
                 found[name] = folder / f"{name}.png"
@@ -168,7 +176,7 @@ def _tradeoff(results: Results) -> Any:
     figure, ax = plt.subplots(figsize=(7, 4.6))
     markers = "osD^vP*Xh<>"
     splits = _splits(results)
-    for p, (policy, found) in enumerate(results["policies"].items()):
+    for p, found in enumerate(results["policies"].values()):
         for split, m in found.items():
             x, y = _diversity_of(scope, "ead")(m), m.get(best)
             if x and y:

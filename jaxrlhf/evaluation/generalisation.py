@@ -27,7 +27,7 @@ def estimates(values: Mapping[str, np.ndarray], resamples: int) -> dict[str, Est
 
 
 def gaps(values: Values, resamples: int) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """In-distribution minus out-of-distribution, of each policy, split and number; the sets of prompts are independent."""
+    """In-distribution minus out-of-distribution, of each policy, split and number, as independent sets."""
     return {
         policy: {
             split: {
@@ -42,7 +42,10 @@ def gaps(values: Values, resamples: int) -> dict[str, dict[str, dict[str, Estima
 
 
 def comparisons(judged: Mapping[str, Mapping[str, np.ndarray]], resamples: int) -> list[dict[str, Any]]:
-    """Head to head on each split: how often a's response beats b's to the same prompt. `judged` is policy -> split -> [B, N]."""
+    """Head to head on each split: how often a's response beats b's to the same prompt.
+
+    `judged` is policy -> split -> the judge's values [B, N].
+    """
     return [
         {"split": split, "a": a, "b": b, "win_rate": win_rate(outcomes(judged[a][split], judged[b][split]), resamples)}
         for b, a in combinations(judged, 2)

@@ -76,7 +76,8 @@ def _fields(path: Path, i: int, record: dict[str, Any]) -> tuple[str, list[str]]
         for field in ("instruction", "output"):
             if field not in record:
                 raise UserError(
-                    f"{path}, record {i}: no field {field!r}; a record is {{instruction, output}} or {{prompt, responses}}"
+                    f"{path}, record {i}: no field {field!r}; a record is {{instruction, output}}, "
+                    "or {prompt, responses}"
                 )
         prompt, texts = record["instruction"], record["output"]
     texts = [texts] if isinstance(texts, str) else texts

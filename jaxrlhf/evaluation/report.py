@@ -63,16 +63,16 @@ def headline(results: Mapping[str, Any]) -> Iterator[str]:
         if policy == baseline:
             continue
         shared = [s for s in policies[baseline] if s in policies[policy]]
-        if best:
+        if best is not None:
             pairs = [(s, policies[policy][s].get(best), policies[baseline][s].get(best)) for s in shared]
-            yield _verdict(policy, baseline, figures.LABELS[best], pairs, "does better", "does worse")
+            yield from _verdict(policy, baseline, figures.LABELS[best], pairs, "does better", "does worse")
         pick = figures._diversity_of(scope, "ead")
         pairs = [(s, pick(policies[policy][s]), pick(policies[baseline][s])) for s in shared]
         label = f"EAD {figures.TITLES[scope]}"
-        yield _verdict(policy, baseline, label, pairs, "is more diverse", "is less diverse")
+        yield from _verdict(policy, baseline, label, pairs, "is more diverse", "is less diverse")
     for policy, splits in results["generalisation_gap"].items():
         known = [(s, e[best]) for s, e in splits.items() if best and best in e]
-        if known:
+        if known and best:
             worse = [figures.name(s) for s, e in known if e["low"] > 0]
             yield (
                 f"{figures.name(policy)} loses ground out of distribution on {len(worse)} of {len(known)} splits"
@@ -80,16 +80,22 @@ def headline(results: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _verdict(policy: str, baseline: str, label: str, pairs: Sequence[tuple], more: str, less: str) -> str:
+def _verdict(policy: str, baseline: str, label: str, pairs: Sequence[tuple], more: str, less: str) -> Iterator[str]:
     pairs = [(s, a, b) for s, a, b in pairs if a and b]
+    if not pairs:
+        return
     above = [figures.name(s) for s, a, b in pairs if a["low"] > b["high"]]
     below = [figures.name(s) for s, a, b in pairs if a["high"] < b["low"]]
-    said = [f"{verb} than {figures.name(baseline)} on {', '.join(on)}" for verb, on in ((more, above), (less, below)) if on]
+    said = [
+        f"{verb} than {figures.name(baseline)} on {', '.join(on)}" for verb, on in ((more, above), (less, below)) if on
+    ]
     open_ = len(pairs) - len(above) - len(below)
     if not said:
-        return f"By {label}, {figures.name(policy)} and {figures.name(baseline)} are not told apart on any of {len(pairs)} splits."
+        both = f"{figures.name(policy)} and {figures.name(baseline)}"
+        yield f"By {label}, {both} are not told apart on any of {len(pairs)} splits."
+        return
     rest = f"; undecided on {open_} of {len(pairs)} splits" if open_ else ""
-    return f"By {label}, {figures.name(policy)} {' and '.join(said)}{rest}."
+    yield f"By {label}, {figures.name(policy)} {' and '.join(said)}{rest}."
 
 
 def _what_was_run(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -103,11 +109,17 @@ def _what_was_run(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model", f"{m['family']}, {m['layers']} layers of width {m['width']}; {m['freeze_layers']:.0%} of them frozen"
     yield "base", "trained from scratch" if c["pretrain"]["init"] == "scratch" else f"shipped ({c['pretrain']['init']})"
     yield "steps", ", ".join(f"{s} {c[s]['loop']['steps']}" for s in STAGES if s != "pretrain")
-    yield "PPO", f"KL coefficient {c['ppo']['kl_coef']} ({c['ppo']['kl_estimator']}), batches of {c['ppo']['batch_size']}"
+    yield (
+        "PPO",
+        f"KL coefficient {c['ppo']['kl_coef']} ({c['ppo']['kl_estimator']}), batches of {c['ppo']['batch_size']}",
+    )
     s = c["sampling"]
     yield "sampling", f"{s['samples_per_prompt']} samples a prompt at temperature {s['temperature']}"
     yield "best-of-N", f"N = {s['best_of']}, drawn again and again from a pool of {s['pool']} SFT samples a prompt"
-    judge = {"gold": "the gold judge, which knows the truth", "reward": "the reward model trained here, which flatters PPO"}
+    judge = {
+        "gold": "the gold judge, which knows the truth",
+        "reward": "the reward model trained here, which flatters PPO",
+    }
     yield "judge of win rates", judge[results["judge"]]
     yield "seed", str(c["seed"])
 

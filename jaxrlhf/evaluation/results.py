@@ -78,7 +78,7 @@ def evaluate_samples(workdir: Path, config: Experiment, log: Log) -> dict[str, A
             values, judged[policy][split] = _numbers(records, key)
             numbers[policy][split] = values
             texts = [r["responses"] for r in records]
-            measured = {"n_prompts": len(texts), "samples_per_prompt": len(texts[0])}
+            measured: dict[str, Any] = {"n_prompts": len(texts), "samples_per_prompt": len(texts[0])}
             measured |= generalisation.estimates(values, resamples)
             title = f"{policy}, {split}"
             measured["diversity"] = measure_diversity(texts, config.evaluation.paper_compat, resamples, title)

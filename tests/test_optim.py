@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrlhf import optim
+from jaxrlhf.config import Optim
+from jaxrlhf.files import UserError
+
+
+def rates(steps, **changes):
+    schedule = optim.schedule(Optim(**{"lr": 0.8, **changes}), steps)
+    return [float(schedule(step)) for step in range(steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [0.8, 0.8, 0.8, 0.8, 0.8]),
+        ("linear", [0.8, 0.6, 0.4, 0.2, 0]),
+        ("cosine", [0.8, 0.4 * (1 + np.sqrt(0.5)), 0.4, 0.4 * (1 - np.sqrt(0.5)), 0]),
+    ],
+)
+def test_schedules_by_hand(kind, expected):
+    np.testing.assert_allclose(rates(4, schedule=kind), expected, atol=1e-6)
+    # The warm-up comes out of the stage's steps, so that the rate still ends at 0.
+    np.testing.assert_allclose(rates(6, schedule=kind, warmup=2), [0, 0.4, *expected], atol=1e-6)
+
+
+def test_an_unknown_schedule_is_one_line_that_names_the_key():
+    with pytest.raises(UserError) as error:
+        optim.optimizer(Optim(schedule="cosin"), 10)
+    assert "optim.schedule='cosin'" in str(error.value)
+    assert "constant, linear, cosine" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def step(c, grads, params):
+    tx = optim.optimizer(c, 10)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
+def test_the_first_step_of_adam_is_the_rate_in_the_gradients_direction():
+    # Both moments are unbiased at once: g / (|g| + eps); a large eps shows the size of the gradient.
+    params, grads = {"w": jnp.float32([1.0, 1.0])}, {"w": jnp.float32([3.0, -4.0])}
+    c = Optim(lr=0.1, schedule="constant", eps=1.0, clip_norm=0.0)
+    np.testing.assert_allclose(step(c, grads, params)["w"], [1 - 0.1 * 3 / 4, 1 + 0.1 * 4 / 5], rtol=1e-5)
+
+
+def test_gradients_are_clipped_to_the_global_norm():
+    # D9: the norm of (3, 4) in two leaves is 5, not the root of the sum of the leaves' norms.
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    grads = {"a": jnp.float32([3.0]), "b": jnp.float32([4.0])}
+    c = Optim(lr=1.0, schedule="constant", eps=1.0, clip_norm=1.0)
+    new = step(c, grads, params)
+    np.testing.assert_allclose([new["a"][0], new["b"][0]], [-0.6 / 1.6, -0.8 / 1.8], rtol=1e-5)
+    np.testing.assert_allclose(step(Optim(lr=1.0, schedule="constant", eps=1.0, clip_norm=9.0), grads, params)["a"],
+                               [-3 / 4], rtol=1e-5)  # fmt: skip
+
+
+def test_weight_decay_is_decoupled_from_the_gradient():
+    params = {"w": jnp.float32([2.0])}
+    c = Optim(lr=0.1, schedule="constant", weight_decay=0.5)
+    np.testing.assert_allclose(step(c, {"w": jnp.zeros(1)}, params)["w"], [2.0 * (1 - 0.1 * 0.5)], rtol=1e-5)
+
+
+def test_the_moments_are_f32():
+    state = optim.optimizer(Optim(), 10).init({"w": jnp.zeros(3, jnp.float32)})
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert len(moments) == 2
+    assert all(x.dtype == jnp.float32 for x in moments)
