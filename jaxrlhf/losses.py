@@ -80,7 +80,7 @@ def kl(logp_BR: jax.Array, ref_logp_BR: jax.Array, kind: str) -> jax.Array:
 
 
 def adapt_kl_coef(coef: jax.Array, observed_kl: jax.Array, target: float, horizon: int, n: int) -> jax.Array:
-    """Coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon) (Ziegler et al. 2019, s. 2.2), after n responses."""
+    """After n responses, coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon) (Ziegler et al. 2019, s. 2.2)."""
     error = jnp.clip(observed_kl / target - 1.0, -0.2, 0.2)
     return (coef * (1.0 + error * (n / horizon))).astype(jnp.float32)
 
@@ -88,7 +88,7 @@ def adapt_kl_coef(coef: jax.Array, observed_kl: jax.Array, target: float, horizo
 def score_penalties(
     score_B: jax.Array, length_B: jax.Array, finished_B: jax.Array, c: Ppo, max_length: int
 ) -> jax.Array:
-    """Score - length_penalty * (length / max_length)^5 + eos_bonus if finished; f32 [B].
+    """The shaped score: score - length_penalty * (length / max_length)^5 + eos_bonus if finished; f32 [B].
 
     With `eos_required` the whole score of an unfinished response is `eos_missing` (-1 in Huang et al. 2024). Penalty
     and bonus are options of the code of Kirk et al. (2024), off by default.

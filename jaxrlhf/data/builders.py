@@ -30,15 +30,23 @@ class Records(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in self._fields})
-        return tfds.core.DatasetInfo(builder=self, features=features)
+        # The order of the records is part of the data: batches are a function of it.
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        return {name: self._generate_examples(make) for name, make in self._splits.items()}
+        return {name: self._generate_examples(name, make) for name, make in self._splits.items()}
 
-    def _generate_examples(self, make: Callable[[], Iterable[Record]]) -> Iterator[tuple[int, dict[str, str]]]:
-        # TFDS shuffles by key; the order that callers rely on comes back through `_order`.
+    def _generate_examples(
+        self, split: str, make: Callable[[], Iterable[Record]]
+    ) -> Iterator[tuple[int, dict[str, str]]]:
+        i = -1
         for i, record in enumerate(make()):
-            yield i, {name: str(i) if name == "_order" else record[name] for name in self._fields}
+            for name in self._fields:
+                if not isinstance(record.get(name), str):
+                    raise UserError(f"split {split!r}, record {i + 1}: field {name!r} must be there, as text")
+            yield i, {name: record[name] for name in self._fields}
+        if i < 0:
+            raise UserError(f"split {split!r} of the data is empty; it needs at least one record")
 
 
 class World(Records):
@@ -56,19 +64,17 @@ class World(Records):
         }
         for split in world.SPLITS:
             splits[split] = lambda split=split: (world.post(seed, "evaluation", split, i) for i in range(evaluation))
-        super().__init__(splits=splits, fields=("_order", "id", "prompt", "response", "facts"), **kwargs)
+        super().__init__(splits=splits, fields=("id", "prompt", "response", "facts"), **kwargs)
 
 
 class Texts(Sequence[dict[str, str]]):
-    """A prepared split: random access in the order in which it was written, as text."""
+    """A prepared split: random access, in the order in which it was written, to records as text."""
 
     def __init__(self, source: Any):
         self._source = source
-        order = sorted((int(source[i]["_order"]), i) for i in range(len(source)))
-        self._index = [i for _, i in order]
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._source)
 
     @overload
     def __getitem__(self, i: int) -> dict[str, str]: ...
@@ -77,24 +83,23 @@ class Texts(Sequence[dict[str, str]]):
     def __getitem__(self, i: int | slice) -> dict[str, str] | list[dict[str, str]]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        record = self._source[self._index[i]]
-        return {k: v.decode("utf-8") for k, v in record.items() if k != "_order"}
+        record = self._source[range(len(self))[i]]
+        return {name: value.decode("utf-8") for name, value in record.items()}
 
 
 def prepare(make: Callable[[str], Records], folder: Path, fingerprint: str) -> dict[str, Texts]:
-    """The splits of a builder in `folder`, made anew unless what is there has this fingerprint and is whole."""
+    """The splits of a builder in `folder`, made anew unless what is there has this fingerprint and is whole.
+
+    Raises:
+      UserError: a split has no record, or a record lacks a field; nothing is left that a later call would take up.
+    """
     done = folder / "fingerprint.txt"
-    if not done.exists() or read_text(done) != fingerprint:
+    if not (done.exists() and read_text(done) == fingerprint and make(str(folder)).is_prepared()):
         shutil.rmtree(folder, ignore_errors=True)
         _quietly(lambda: make(str(folder)).download_and_prepare(download_config=_LOCAL))
         write_text(done, fingerprint)
-    builder = make(str(folder))
-    sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
-    for name in builder._splits:
-        if not sizes.get(name):
-            raise UserError(f"split {name!r} of the data is empty; it needs at least one record")
-    data: Any = builder
-    return {name: Texts(data.as_data_source(split=name)) for name in builder._splits}
+    builder: Any = make(str(folder))
+    return {name: Texts(builder.as_data_source(split=name)) for name in builder._splits}
 
 
 _LOCAL = tfds.download.DownloadConfig(try_download_gcs=False)
