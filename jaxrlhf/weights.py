@@ -8,7 +8,6 @@ and [inputs, outputs] where they use Conv1D (GPT-2), whose `#i` rows are thirds 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -138,7 +137,6 @@ IMPLEMENTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "add_cross_attention": (False,),
     },
 }
-CLASSES = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
 
 def save_params(path: Path, params: Params, metadata: Mapping[str, str]) -> None:
@@ -182,7 +180,7 @@ def load(directory: Path) -> tuple[model.Architecture, Params]:
         _check_names(directory, arch, names, set(stored), read)
         shapes = _shapes(arch)
         flat = {ours: _import(family, ours, names[ours], shapes[ours], read, directory) for ours in names}
-    return arch, _whole(flat)
+    return arch, {"lm_head": {}} | traverse_util.unflatten_dict(flat, sep="/")
 
 
 def export(directory: Path, arch: model.Architecture, params: Params, special: Mapping[str, int | None]) -> None:
@@ -190,19 +188,19 @@ def export(directory: Path, arch: model.Architecture, params: Params, special: M
 
     Args:
       directory: made where missing.
-      arch: must be of one of the families.
+      arch: its options must be one of the families'.
       params: whole parameters, laid out as by `model.init`.
       special: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`, which the config carries.
     """
-    family = next((f for f, fields in FIELDS.items() if _options(arch, fields) == _options(f, fields)), "")
-    if not family:
-        raise UserError(f"{directory}: no Hugging Face family has this architecture's options; nothing was written")
-    config: dict[str, Any] = {"model_type": family, "architectures": [CLASSES[family]]}
+    family = next(f for f in FIELDS if model.FAMILIES[f]["activation"] == arch.activation)
+    config: dict[str, Any] = {"model_type": family}
     config |= {theirs: getattr(arch, ours) for ours, theirs in FIELDS[family].items()} | dict(special)
     if family == "llama":
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": arch.rope_theta}
     if family == "opt":
         config["word_embed_proj_dim"] = arch.width
+    if architecture(config) != arch:
+        raise UserError(f"{directory}: Hugging Face's {family} has no such architecture; nothing was written")
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors: dict[str, Any] = {}
     for ours, theirs in _names(family, arch, PREFIXES[family][0]).items():
@@ -235,10 +233,7 @@ def architecture(config: Mapping[str, Any]) -> model.Architecture:
     if family == "llama":
         fields["rope_theta"] = _rope_theta(full["rope_parameters"])
     if family == "opt" and full["word_embed_proj_dim"] != full["hidden_size"]:
-        raise UserError(
-            f"config.json: word_embed_proj_dim={full['word_embed_proj_dim']} is not implemented; known: hidden_size "
-            f"({full['hidden_size']})"
-        )
+        raise UserError("config.json: word_embed_proj_dim other than hidden_size is not implemented")
     if family == "gpt2" and fields["ff_width"] is None:
         fields["ff_width"] = 4 * fields["width"]
     heads, width = fields["heads"], fields["width"]
@@ -338,10 +333,6 @@ def _shapes(arch: model.Architecture) -> dict[str, tuple[int, ...]]:
     return {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def _whole(flat: Mapping[str, np.ndarray]) -> Params:
-    return {"lm_head": {}} | traverse_util.unflatten_dict(dict(flat), sep="/")
-
-
 def _check_names(
     directory: Path,
     arch: model.Architecture,
@@ -356,9 +347,7 @@ def _check_names(
     if arch.tied and HEAD in unexpected:
         # Some save the tied head as well; one that differs would not be used, so it is refused.
         if not np.array_equal(read(HEAD), read(names["embed/tokens"])):
-            raise UserError(
-                f"{directory}: {HEAD} differs from the embeddings, but config.json has tie_word_embeddings=true"
-            )
+            raise UserError(f"{directory}: {HEAD} differs from the embeddings, but config.json ties them")
         unexpected -= {HEAD}
     if unexpected:
         raise UserError(f"{directory}: stores tensors that the config does not ask for: {_listed(sorted(unexpected))}")
@@ -417,10 +406,3 @@ def _export(family: str, ours: str, theirs: str, leaf: np.ndarray, tensors: Mapp
         fused = int(part or 0) > 0
         out[name.format(i)] = np.concatenate([tensors[name.format(i)], array], -1) if fused else array
     return out
-
-
-def _options(arch: model.Architecture | str, fields: Mapping[str, str]) -> dict[str, Any]:
-    """The options that a family fixes: all of `model.FAMILIES`' but those that its config can change."""
-    values = model.FAMILIES[arch] if isinstance(arch, str) else dataclasses.asdict(arch)
-    free = {*fields, "rope_theta"}
-    return {k: values[k] for k in model.FAMILIES["llama"] if k not in free}

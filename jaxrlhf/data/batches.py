@@ -1,8 +1,11 @@
-"""Batches as a pure function of (seed, step): Grain's random access, so that resuming needs no iterator state."""
+"""Batches as a pure function of (seed, step): Grain's random access, so that resuming needs no iterator state.
+
+A prompt that is too long loses its left end, a response its right end and with it the end-of-text token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -12,12 +15,18 @@ from jaxrlhf.data.tokens import Tokenizer
 from jaxrlhf.types import PairBatch, PromptBatch, SftBatch
 
 Record = Mapping[str, str]
+Row = tuple[list[int], list[int]]
 WIDTHS = 8  # rows are as long as the longest of their set, rounded up: fewer wasted columns, one shape a set
 
 
 def truncation(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int) -> int:
     """How many prompts lose their left end to fit."""
-    return sum(len(tokenizer.encode(r["prompt"])) > prompt_length for r in records)
+    return sum(len(ids) > prompt_length for ids in _encode(records, "prompt", tokenizer))
+
+
+def overlong(records: Sequence[Record], tokenizer: Tokenizer, response_length: int) -> int:
+    """How many responses lose their right end, and so their end-of-text token, to fit."""
+    return sum(len(ids) + 1 > response_length for ids in _encode(records, "response", tokenizer))
 
 
 def sft_batches(
@@ -29,21 +38,25 @@ def sft_batches(
     response_length: int,
     prompt_weight: float,
     seed: int,
-) -> Any:
-    """`batches[step]` is an SftBatch [B, T]: prompt, response and end-of-text, padded on the right."""
-    rows = [_example(r, tokenizer, prompt_length, response_length) for r in examples]
-    width = _width(len(p) + len(q) for p, q in rows)
-    return _stream(rows, batch_size, seed, lambda chosen: _sft(chosen, width, prompt_weight))
+) -> grain.MapDataset[SftBatch]:
+    """`batches[step]` is an SftBatch [B, T]: prompt, response and end-of-text, padded on the right.
+
+    `weight_BT` is `prompt_weight` on the prompt, 1 on the response and its end-of-text, 0 on padding and on the first
+    token. Every epoch visits each example once, in another order; a batch may reach into the next epoch.
+    """
+    rows = _examples(examples, tokenizer, prompt_length, response_length)
+    width = _width((len(p) + len(q) for p, q in rows), prompt_length + response_length)
+    return _stream(rows, batch_size, seed, lambda chosen: _sft(chosen, width, prompt_weight, tokenizer.pad_id))
 
 
 def eval_sft_batches(
     examples: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, prompt_length: int, response_length: int
 ) -> Iterator[tuple[SftBatch, int]]:
     """All examples once, in order, with the number of valid rows of each batch; repeated rows weigh nothing."""
-    rows = [_example(r, tokenizer, prompt_length, response_length) for r in examples]
-    width = _width(len(p) + len(q) for p, q in rows)
+    rows = _examples(examples, tokenizer, prompt_length, response_length)
+    width = _width((len(p) + len(q) for p, q in rows), prompt_length + response_length)
     for chosen, valid in _in_order(rows, batch_size):
-        batch = _sft(chosen, width, 0.0)
+        batch = _sft(chosen, width, 0.0, tokenizer.pad_id)
         batch.weight_BT[valid:] = 0  # pyright: ignore[reportIndexIssue]
         yield batch, valid
 
@@ -56,30 +69,30 @@ def pair_batches(
     prompt_length: int,
     response_length: int,
     seed: int,
-) -> Any:
-    """`batches[step]` is a PairBatch [2B, T]: chosen rows, then rejected ones."""
-    rows = [_pair(r, tokenizer, prompt_length, response_length) for r in pairs]
-    width = _width(len(row) for pair in rows for row in pair)
-    return _stream(rows, batch_size, seed, lambda chosen: _pairs(chosen, width))
+) -> grain.MapDataset[PairBatch]:
+    """`batches[step]` is a PairBatch [2B, T]: chosen rows, then rejected ones, padded on the right."""
+    rows = _pairs(pairs, tokenizer, prompt_length, response_length)
+    width = _width((len(row) for pair in rows for row in pair), prompt_length + response_length)
+    return _stream(rows, batch_size, seed, lambda chosen: _pair_batch(chosen, width, tokenizer.pad_id))
 
 
 def eval_pair_batches(
     pairs: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, prompt_length: int, response_length: int
 ) -> Iterator[tuple[PairBatch, int]]:
     """All pairs once, in order, with the number of valid pairs of each batch."""
-    rows = [_pair(r, tokenizer, prompt_length, response_length) for r in pairs]
-    width = _width(len(row) for pair in rows for row in pair)
+    rows = _pairs(pairs, tokenizer, prompt_length, response_length)
+    width = _width((len(row) for pair in rows for row in pair), prompt_length + response_length)
     for chosen, valid in _in_order(rows, batch_size):
-        yield _pairs(chosen, width), valid
+        yield _pair_batch(chosen, width, tokenizer.pad_id), valid
 
 
 def prompt_batches(
     records: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, prompt_length: int, seed: int
-) -> Any:
-    """`batches[step]` is a PromptBatch [B, P], padded on the left."""
+) -> grain.MapDataset[PromptBatch]:
+    """`batches[step]` is a PromptBatch [B, P], padded on the left; `index_B` is the place in `records`."""
     rows = _prompts(records, tokenizer, prompt_length)
     width = _width((len(p) for _, p in rows), prompt_length)
-    return _stream(rows, batch_size, seed, lambda chosen: _prompt_batch(chosen, width))
+    return _stream(rows, batch_size, seed, lambda chosen: _prompt_batch(chosen, width, tokenizer.pad_id))
 
 
 def eval_prompt_batches(
@@ -89,34 +102,42 @@ def eval_prompt_batches(
     rows = _prompts(records, tokenizer, prompt_length)
     width = _width((len(p) for _, p in rows), prompt_length)
     for chosen, valid in _in_order(rows, batch_size):
-        yield _prompt_batch(chosen, width), valid
+        yield _prompt_batch(chosen, width, tokenizer.pad_id), valid
 
 
-def _example(r: Record, tokenizer: Tokenizer, prompt_length: int, response_length: int) -> tuple[list[int], list[int]]:
-    response = [*tokenizer.encode(r["response"]), tokenizer.eos_id]
-    return tokenizer.encode(r["prompt"])[-prompt_length:], response[:response_length]
+def _encode(records: Iterable[Record], field: str, tokenizer: Tokenizer) -> list[list[int]]:
+    return tokenizer.encode_many([r[field] for r in records])
 
 
-def _pair(r: Record, tokenizer: Tokenizer, prompt_length: int, response_length: int) -> tuple[list[int], list[int]]:
+def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
+    found = list(records)  # read once: a record is decoded each time that it is asked for
+    prompts, responses = _encode(found, "prompt", tokenizer), _encode(found, "response", tokenizer)
+    return [
+        (p[-prompt_length:], [*q, tokenizer.eos_id][:response_length]) for p, q in zip(prompts, responses, strict=True)
+    ]
+
+
+def _pairs(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
     """Prompt and response of both sides; an end-of-text token only where the response ended by itself."""
-    prompt = tokenizer.encode(r["prompt"])[-prompt_length:]
+    found = list(records)
+    prompts = _encode(found, "prompt", tokenizer)
     sides = []
     for side in ("chosen", "rejected"):
-        end = [tokenizer.eos_id] if r[f"{side}_finished"] == "1" else []
-        sides.append(prompt + (tokenizer.encode(r[side]) + end)[:response_length])
-    return sides[0], sides[1]
+        ends = [[tokenizer.eos_id] if r[f"{side}_finished"] == "1" else [] for r in found]
+        rows = zip(prompts, _encode(found, side, tokenizer), ends, strict=True)
+        sides.append([p[-prompt_length:] + (q + end)[:response_length] for p, q, end in rows])
+    return list(zip(*sides, strict=True))
 
 
 def _prompts(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int) -> list[tuple[int, list[int]]]:
-    return [(i, tokenizer.encode(records[i]["prompt"])[-prompt_length:]) for i in range(len(records))]
+    return [(i, ids[-prompt_length:]) for i, ids in enumerate(_encode(records, "prompt", tokenizer))]
 
 
-def _width(lengths: Any, at_most: int | None = None) -> int:
-    width = -(-max(lengths) // WIDTHS) * WIDTHS
-    return width if at_most is None else min(width, at_most)
+def _width(lengths: Iterable[int], at_most: int) -> int:
+    return min(-(-max(lengths) // WIDTHS) * WIDTHS, at_most)
 
 
-def _stream(rows: list, batch_size: int, seed: int, collate: Any) -> Any:
+def _stream(rows: list, batch_size: int, seed: int, collate: Callable[[Sequence], Any]) -> grain.MapDataset[Any]:
     source = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
     return source.batch(batch_size, drop_remainder=True, batch_fn=collate)
 
@@ -127,8 +148,8 @@ def _in_order(rows: list, batch_size: int) -> Iterator[tuple[list, int]]:
         yield chosen + [rows[0]] * (batch_size - len(chosen)), len(chosen)
 
 
-def _sft(rows: Sequence, width: int, prompt_weight: float) -> SftBatch:
-    tokens_BT, mask_BT = _pad([p + q for p, q in rows], width)
+def _sft(rows: Sequence[Row], width: int, prompt_weight: float, pad_id: int) -> SftBatch:
+    tokens_BT, mask_BT = _pad([p + q for p, q in rows], width, pad_id)
     weight_BT = np.zeros_like(mask_BT)
     for b, (p, q) in enumerate(rows):
         weight_BT[b, : len(p)] = prompt_weight
@@ -137,19 +158,19 @@ def _sft(rows: Sequence, width: int, prompt_weight: float) -> SftBatch:
     return SftBatch(tokens_BT=tokens_BT, mask_BT=mask_BT, weight_BT=weight_BT)  # pyright: ignore[reportArgumentType]
 
 
-def _pairs(rows: Sequence, width: int) -> PairBatch:
-    tokens_BT, mask_BT = _pad([c for c, _ in rows] + [r for _, r in rows], width)
+def _pair_batch(rows: Sequence[Row], width: int, pad_id: int) -> PairBatch:
+    tokens_BT, mask_BT = _pad([c for c, _ in rows] + [r for _, r in rows], width, pad_id)
     return PairBatch(tokens_BT=tokens_BT, mask_BT=mask_BT)  # pyright: ignore[reportArgumentType]
 
 
-def _prompt_batch(rows: Sequence, width: int) -> PromptBatch:
-    tokens_BP, mask_BP = _pad([p for _, p in rows], width, left=True)
+def _prompt_batch(rows: Sequence[tuple[int, list[int]]], width: int, pad_id: int) -> PromptBatch:
+    tokens_BP, mask_BP = _pad([p for _, p in rows], width, pad_id, left=True)
     index_B = np.array([i for i, _ in rows], np.int32)
     return PromptBatch(tokens_BP=tokens_BP, mask_BP=mask_BP, index_B=index_B)  # pyright: ignore[reportArgumentType]
 
 
-def _pad(rows: Sequence[Sequence[int]], width: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    tokens_BT = np.zeros((len(rows), width), np.int32)
+def _pad(rows: Sequence[list[int]], width: int, pad_id: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    tokens_BT = np.full((len(rows), width), pad_id, np.int32)
     mask_BT = np.zeros((len(rows), width), np.float32)
     for b, row in enumerate(rows):
         where = slice(width - len(row), width) if left else slice(0, len(row))

@@ -56,7 +56,8 @@ def load(path: Path) -> Tokenizer:
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:
     """Whole words. A word carries the space before it; those that end in ":" begin a line and carry none."""
     pieces = [w if len(w) > 1 and w.endswith(":") else f"▁{w}" for w in words]
-    vocabulary = {piece: i for i, piece in enumerate([PAD, EOS, UNKNOWN, "\n", *pieces])}
+    # No piece of text ends in ▁, so that no text can spell a special token.
+    vocabulary = {piece: i for i, piece in enumerate([f"{PAD}▁", f"{EOS}▁", UNKNOWN, "\n", *pieces])}
     engine = Engine(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
     engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), spaces])

@@ -178,14 +178,14 @@ def tradeoff(
 
 
 @_styled
-def accuracy(series: Series, splits: Mapping[str, str]) -> bytes:
-    """The reward model's agreement with each judge by split, and chance."""
-    shown = {k: Look(k, c, m) for k, c, m in zip(series, COLOURS, MARKERS, strict=False)}
+def shares(series: Series, splits: Mapping[str, str], x_label: str, half: str) -> bytes:
+    """A panel of shares between 0 and 1, whatever they are of, with a line at one half that is called `half`."""
+    shown = {k: Look(k, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, k in enumerate(series)}
     figure = Figure((4.8, _height(series, splits)))
     ax = figure.subplots()
-    _dots(ax, series, shown, splits, "share of pairs ranked alike")
+    _dots(ax, series, shown, splits, x_label)
     ax.axvline(0.5, color=SOFT, lw=1, ls="--", zorder=1)
-    _legend(figure, [*shown.values(), Look("chance", SOFT, "")], 60)
+    _legend(figure, [*shown.values(), Look(half, SOFT, "")], 52)
     return _png(figure)
 
 
