@@ -165,15 +165,21 @@ def load(directory: Path) -> tuple[model.Architecture, Params]:
       UserError: a file is missing or broken, the config has an option that the decoder lacks, or a tensor is missing,
         unexpected or of the wrong shape; all are named.
     """
-    family, arch = _family_and_architecture(directory / "config.json")
+    config = read_json(directory / "config.json")
+    arch = architecture(config)
+    family = config["model_type"]
     with contextlib.ExitStack() as stack:
-        stored = {}
+        stored: dict[str, tuple[Path, Any]] = {}
         for path in _weight_files(directory):
             file = _open(path, stack)
-            stored |= {name: (path, file) for name in file.keys()}  # noqa: SIM118
+            stored |= dict.fromkeys(file.keys(), (path, file))
 
         def read(name: str) -> np.ndarray:
-            return _tensor(*stored[name], name)
+            path, file = stored[name]
+            array = _tensor(path, file, name)
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise UserError(f"{path}: tensor {name} is {array.dtype}; expected f32, f16 or bf16")
+            return array
 
         prefix = next((p for p in PREFIXES[family] if p + NAMES[family]["embed/tokens"] in stored), PREFIXES[family][0])
         names = _names(family, arch, prefix)
@@ -217,9 +223,9 @@ def architecture(config: Mapping[str, Any]) -> model.Architecture:
     """
     from transformers import AutoConfig  # seconds to import, and needed here only
 
-    family = config["model_type"] if "model_type" in config else None
-    if family not in FIELDS:
-        raise UserError(f"config.json: model_type={family!r}; known are {', '.join(FIELDS)}")
+    if not isinstance(config, Mapping) or "model_type" not in config or config["model_type"] not in FIELDS:
+        raise UserError(f"config.json: expected an object whose model_type is one of {', '.join(FIELDS)}")
+    family = config["model_type"]
     if "quantization_config" in config:
         raise UserError("config.json: quantization_config: quantised weights are not read; use the unquantised model")
     try:
@@ -246,9 +252,7 @@ def _rope_theta(rope: Mapping[str, Any]) -> float:
     known = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
     for key, value in rope.items():
         if key != "rope_theta" and (key not in known or value != known[key]):
-            raise UserError(
-                f"config.json: rope_parameters.{key}={value!r} is not implemented; known: rope_type 'default'"
-            )
+            raise UserError(f"config.json: rope_parameters.{key}={value!r} is not implemented; known: plain RoPE")
     return float(rope["rope_theta"])
 
 
@@ -264,16 +268,6 @@ def _check_sizes(family: str, fields: Mapping[str, Any]) -> None:
         raise UserError(f"config.json: {names['width']}={width} must divide by {names['heads']}={heads}")
     if family == "llama" and fields["head_width"] % 2:
         raise UserError(f"config.json: head_dim={fields['head_width']} must be even, for rotary positions")
-
-
-def _family_and_architecture(path: Path) -> tuple[str, model.Architecture]:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected an object, found {type(config).__name__}")
-    try:
-        return str(config["model_type"] if "model_type" in config else None), architecture(config)
-    except UserError as error:
-        raise UserError(f"{path.parent / str(error)}") from None
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -308,18 +302,18 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Any:
 
 def _tensor(path: Path, file: Any, name: str) -> np.ndarray:
     try:
-        array = file.get_tensor(name)
+        return file.get_tensor(name)
     except (SafetensorError, OSError, TypeError) as error:
         raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"{path}: tensor {name} is {array.dtype}; expected f32, f16 or bf16")
-    return array
 
 
 def _write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode  # safetensors makes files that only their owner reads
     save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, partial, dict(metadata))
+    partial.chmod(mode)
     partial.replace(path)
 
 
@@ -330,7 +324,8 @@ def _names(family: str, arch: model.Architecture, prefix: str) -> dict[str, str]
 
 def _shapes(arch: model.Architecture) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(lambda: model.init(arch, jax.random.key(0)))
-    return {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
+    return {name: leaf.shape for name, leaf in flat.items()}
 
 
 def _check_names(
@@ -362,12 +357,10 @@ def _matrix(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one layer's leaf as they hold it, before any transposing: heads joined with their width."""
     if not ours.startswith("blocks/"):
         return shape
-    if ours.endswith("/bias"):
+    if not ours.endswith("/kernel"):
         return (math.prod(shape),)
-    if ours.endswith("/kernel"):
-        inputs = 2 if ours == "blocks/o/kernel" else 1
-        return (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
-    return shape
+    inputs = 2 if ours == "blocks/o/kernel" else 1
+    return (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
 
 
 def _transposed(family: str, ours: str) -> bool:

@@ -1,77 +1,170 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from jaxrlhf.data import batches, tokens, world
+from jaxrlhf.data import batches, tokens
 
-TOKENIZER = tokens.word_tokenizer(world.VOCABULARY)
-EXAMPLES = [world.demonstration(3, i) for i in range(13)]
-SIZES = {"prompt_length": 60, "response_length": 24}
+# 0 <pad>, 1 <eos>, 2 <unk>, 3 newline, then a..z from 4
+LETTERS = tokens.word_tokenizer([chr(ord("a") + i) for i in range(26)])
+A, B, C, D, E, F, EOS = 4, 5, 6, 7, 8, 9, 1
+EXAMPLES = [{"prompt": " a b", "response": " c"}, {"prompt": " a b c d", "response": " e f a b"}]
+NUMBERED = [{"prompt": f" {chr(ord('a') + i)}", "response": " z"} for i in range(7)]
+SIZES = {"prompt_length": 3, "response_length": 4}
 
 
-def stream(seed=0, batch_size=4, examples=EXAMPLES, **sizes):
+def sft(examples=EXAMPLES, batch_size=2, prompt_weight=0.25, seed=0, **sizes):
     return batches.sft_batches(
-        examples, TOKENIZER, batch_size=batch_size, prompt_weight=0.25, seed=seed, **(SIZES | sizes)
+        examples, LETTERS, batch_size=batch_size, prompt_weight=prompt_weight, seed=seed, **(SIZES | sizes)
     )
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
-    assert (stream()[9].tokens_BT == stream()[9].tokens_BT).all()
-    assert not (stream()[9].tokens_BT == stream(seed=1)[9].tokens_BT).all()
-    assert not (stream()[9].tokens_BT == stream()[10].tokens_BT).all()
+def by_length(batch, *names):
+    """Rows of a batch in the order of their lengths, so that a shuffled batch can be written down."""
+    order = np.argsort(np.asarray(batch.mask_BT).sum(1), kind="stable")
+    return [np.asarray(getattr(batch, name))[order].tolist() for name in names]
 
 
-def test_each_epoch_visits_every_example_once_in_another_order():
-    """13 examples in batches of 4: an epoch ends in the middle of a batch, and nothing is lost there."""
-    source = stream()
-    rows = [tuple(row) for step in range(13) for row in source[step].tokens_BT]
-    epochs = [rows[i * 13 : (i + 1) * 13] for i in range(4)]
-    assert all(len(set(epoch)) == 13 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
+def first_prompts(batch):
+    return np.asarray(batch.tokens_BT)[:, 0].tolist()
 
 
-def test_rows_hold_prompt_response_and_end_with_their_weights():
-    batch = stream(batch_size=1, examples=EXAMPLES[:1])[0]
-    prompt = TOKENIZER.encode(EXAMPLES[0]["prompt"])
-    response = [*TOKENIZER.encode(EXAMPLES[0]["response"]), TOKENIZER.eos_id]
-    n = len(prompt) + len(response)
-    assert batch.tokens_BT[0, :n].tolist() == prompt + response
-    assert batch.mask_BT[0].tolist() == [1] * n + [0] * (batch.mask_BT.shape[1] - n)
-    weights = [0] + [0.25] * (len(prompt) - 1) + [1] * len(response)
-    assert batch.weight_BT[0, :n].tolist() == weights
-    assert not batch.weight_BT[0, n:].any()
+# ---- rows by hand
 
 
-def test_long_prompts_lose_their_left_end_and_long_responses_their_end_of_text():
-    batch = stream(batch_size=1, examples=EXAMPLES[:1], prompt_length=5, response_length=3)[0]
-    prompt, response = TOKENIZER.encode(EXAMPLES[0]["prompt"]), TOKENIZER.encode(EXAMPLES[0]["response"])
-    assert batch.tokens_BT[0].tolist() == prompt[-5:] + response[:3]
-    assert batches.truncation(EXAMPLES, TOKENIZER, 5) == 13
-    assert batches.truncation(EXAMPLES, TOKENIZER, 60) == 0
+def test_sft_rows_by_hand():
+    rows, masks, weights = by_length(sft()[0], "tokens_BT", "mask_BT", "weight_BT")
+    # " a b c d" loses its left end to fit 3; " e f a b" and its end-of-text lose the latter to fit 4
+    assert rows == [[A, B, C, EOS, 0, 0, 0], [B, C, D, E, F, A, B]]
+    assert masks == [[1, 1, 1, 1, 0, 0, 0], [1] * 7]
+    assert weights == [[0, 0.25, 1, 1, 0, 0, 0], [0, 0.25, 0.25, 1, 1, 1, 1]]
 
 
-def test_evaluation_takes_each_once_and_fills_the_last_batch_without_weight():
-    found = list(batches.eval_sft_batches(EXAMPLES, TOKENIZER, batch_size=5, **SIZES))
-    assert [valid for _, valid in found] == [5, 5, 3]
-    assert all(batch.tokens_BT.shape[0] == 5 for batch, _ in found)
-    assert not found[-1][0].weight_BT[3:].any()
-    rows = [tuple(row) for batch, valid in found for row in batch.tokens_BT[:valid]]
-    assert len(set(rows)) == 13
+def test_a_response_that_just_fits_keeps_its_end():
+    rows, weights = by_length(sft(response_length=5)[0], "tokens_BT", "weight_BT")
+    assert rows[1] == [B, C, D, E, F, A, B, EOS]
+    assert weights[1][-1] == 1
 
 
-def test_prompts_are_padded_on_the_left_and_named():
-    source = batches.prompt_batches(EXAMPLES, TOKENIZER, batch_size=4, prompt_length=60, seed=5)
-    batch = source[2]
-    for index, row, mask in zip(batch.index_B, batch.tokens_BP, batch.mask_BP, strict=True):
-        prompt = TOKENIZER.encode(EXAMPLES[index]["prompt"])
-        assert row[-len(prompt) :].tolist() == prompt
-        assert mask.tolist() == [0] * (len(row) - len(prompt)) + [1] * len(prompt)
+def test_types():
+    batch = sft()[0]
+    assert (batch.tokens_BT.dtype, batch.mask_BT.dtype, batch.weight_BT.dtype) == (np.int32, np.float32, np.float32)
 
 
-@pytest.mark.parametrize("finished", ["0", "1"])
-def test_pairs_end_only_where_the_response_ended(finished):
-    pair = {"id": "x", "prompt": EXAMPLES[0]["prompt"], "chosen": " my cat", "rejected": " so my cat sat"}
-    pair |= {"chosen_finished": finished, "rejected_finished": "1"}
-    batch = batches.pair_batches([pair], TOKENIZER, batch_size=2, seed=0, **SIZES)[0]
-    assert batch.tokens_BT.shape[0] == 4
-    last = [row[int(mask.sum()) - 1] for row, mask in zip(batch.tokens_BT, batch.mask_BT, strict=True)]
-    assert (np.array(last) == TOKENIZER.eos_id).tolist() == [finished == "1"] * 2 + [True] * 2
+def test_pair_rows_by_hand():
+    pair = {"prompt": " a b", "chosen": " c", "rejected": " d e f a", "chosen_finished": "1", "rejected_finished": "0"}
+    batch = batches.pair_batches([pair], LETTERS, batch_size=1, seed=0, **SIZES)[0]
+    assert batch.tokens_BT.tolist() == [[A, B, C, EOS, 0, 0, 0], [A, B, D, E, F, A, 0]]
+    assert batch.mask_BT.tolist() == [[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
+    cut = pair | {"rejected": " d", "prompt": " f e d c b a"}
+    batch = batches.pair_batches([cut], LETTERS, batch_size=1, seed=0, **SIZES)[0]
+    assert batch.tokens_BT.tolist() == [[C, B, A, C, EOS, 0, 0], [C, B, A, D, 0, 0, 0]]
+
+
+def test_chosen_rows_come_first_and_meet_their_rejected_ones():
+    pairs = [
+        {"prompt": f" {x}", "chosen": " y", "rejected": " z", "chosen_finished": "1", "rejected_finished": "1"}
+        for x in "abcdefg"
+    ]
+    stream = batches.pair_batches(pairs, LETTERS, batch_size=3, seed=2, **SIZES)
+    for step in range(5):
+        tokens_BT = np.asarray(stream[step].tokens_BT)
+        assert tokens_BT.shape == (6, 7)
+        assert tokens_BT[:3, 0].tolist() == tokens_BT[3:, 0].tolist()
+        assert set(tokens_BT[:3, 1]) == {LETTERS.encode(" y")[0]}
+        assert set(tokens_BT[3:, 1]) == {LETTERS.encode(" z")[0]}
+
+
+def test_prompts_are_padded_on_the_left():
+    records = [{"prompt": " a"}, {"prompt": " a b c d"}, {"prompt": " a b"}]
+    stream = batches.prompt_batches(records, LETTERS, batch_size=3, prompt_length=3, seed=0)
+    batch = stream[0]
+    order = np.argsort(batch.index_B)
+    assert np.asarray(batch.index_B)[order].tolist() == [0, 1, 2]
+    assert np.asarray(batch.tokens_BP)[order].tolist() == [[0, 0, A], [B, C, D], [0, A, B]]
+    assert np.asarray(batch.mask_BP)[order].tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
+
+
+def test_padding_is_the_tokenizers():
+    other = tokens.Tokenizer(LETTERS.engine, pad_id=2)
+    found = next(
+        batches.eval_prompt_batches([{"prompt": " a"}, {"prompt": " a b"}], other, batch_size=2, prompt_length=3)
+    )
+    assert found[0].tokens_BP.tolist() == [[2, 2, A], [2, A, B]]
+
+
+def test_rows_never_outgrow_the_model():
+    """Rows are as long as the longest of their set needs, and never longer than prompt and response may be."""
+    long = [{"prompt": " a" * 50, "response": " b" * 50}]
+    assert sft(long, 1, prompt_length=13, response_length=9)[0].tokens_BT.shape == (1, 22)
+    assert sft(NUMBERED, 2, prompt_length=64, response_length=24)[0].tokens_BT.shape == (2, 8)
+
+
+def test_empty_prompts_and_responses():
+    batch = sft([{"prompt": "", "response": ""}, {"prompt": "", "response": " c"}])[0]
+    rows, weights = by_length(batch, "tokens_BT", "weight_BT")
+    assert [row[:3] for row in rows] == [[EOS, 0, 0], [C, EOS, 0]]
+    assert [row[:3] for row in weights] == [[0, 0, 0], [0, 1, 0]]  # nothing stands before the first token
+
+
+def test_what_is_cut_is_counted():
+    assert batches.truncation(EXAMPLES, LETTERS, 4) == 0
+    assert batches.truncation(EXAMPLES, LETTERS, 3) == 1
+    assert batches.truncation(EXAMPLES, LETTERS, 1) == 2
+    assert batches.overlong(EXAMPLES, LETTERS, 5) == 0
+    assert batches.overlong(EXAMPLES, LETTERS, 4) == 1  # four tokens leave no room for the end
+
+
+# ---- a pure function of (seed, step)
+
+
+def test_the_same_seed_and_step_give_the_same_batch_in_any_order():
+    wanted = [first_prompts(sft(NUMBERED, 3)[step]) for step in range(20)]
+    stream = sft(NUMBERED, 3)
+    assert [first_prompts(stream[step]) for step in reversed(range(20))] == wanted[::-1]
+    assert [first_prompts(sft(NUMBERED, 3, seed=1)[step]) for step in range(20)] != wanted
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 20])
+def test_each_epoch_visits_each_example_once(batch_size):
+    """Seven examples, whether or not the batch divides them, or is larger than they are."""
+    stream, epochs = sft(NUMBERED, batch_size), 20
+    seen = [t for step in range(-(-7 * epochs // batch_size)) for t in first_prompts(stream[step])]
+    orders = [tuple(seen[7 * e : 7 * e + 7]) for e in range(epochs)]
+    assert all(sorted(order) == list(range(4, 11)) for order in orders)
+    assert len(set(orders)) > epochs / 2
+
+
+def test_seeds_do_not_share_an_order():
+    epochs = {
+        seed: [tuple(first_prompts(sft(NUMBERED, 7, seed=seed)[epoch])) for epoch in range(4)] for seed in range(5)
+    }
+    shared = Counter(order for found in epochs.values() for order in set(found))
+    assert max(shared.values()) == 1
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize(("batch_size", "valid"), [(3, [3, 3, 1]), (7, [7]), (10, [7])])
+def test_evaluation_drops_nothing_and_counts_nothing_twice(batch_size, valid):
+    found = list(batches.eval_prompt_batches(NUMBERED, LETTERS, batch_size=batch_size, prompt_length=4))
+    assert [n for _, n in found] == valid
+    assert all(batch.tokens_BP.shape[0] == batch_size for batch, _ in found)
+    kept = [(i, t) for batch, n in found for i, t in zip(batch.index_B[:n], batch.tokens_BP[:n, -1], strict=True)]
+    assert kept == [(i, i + 4) for i in range(7)]
+    last, n = found[-1]
+    assert last.index_B[n:].tolist() == [0] * (batch_size - n)
+
+    sizes = {"batch_size": batch_size, **SIZES}
+    found = list(batches.eval_sft_batches(NUMBERED, LETTERS, **sizes))
+    assert [n for _, n in found] == valid
+    assert [t for batch, n in found for t in first_prompts(batch)[:n]] == list(range(4, 11))
+    assert sum(batch.weight_BT.sum() for batch, _ in found) == 7 * 2  # response and end-of-text of each, once
+
+    pairs = [r | {"chosen": " a", "rejected": " b", "chosen_finished": "1", "rejected_finished": "1"} for r in NUMBERED]
+    found = list(batches.eval_pair_batches(pairs, LETTERS, **sizes))
+    assert [n for _, n in found] == valid
+    for half in (0, batch_size):
+        rows = [t for batch, n in found for t in first_prompts(batch)[half : half + n]]
+        assert rows == list(range(4, 11))

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxrlhf.config import Files
 from jaxrlhf.files import UserError, read_records
 
 Record = dict[str, str]
+Place = Callable[[str], str]  # from an instruction to its split: "train", "id", "ood_..." or "" for none
+
+NOTES: tuple[str, ...] = (
+    "empty_outputs",  # demonstrations passed over
+    "draws",  # pairs passed over
+    "missing_verdicts",  # pairs passed over
+    "empty_answers_in_pairs",  # kept
+    "without_reference",  # evaluation prompts, kept
+    "ood_prompts_trained_on",  # tasks of `ood_files` passed over
+    "texts_with_lone_surrogates",  # kept, each lone surrogate as U+FFFD
+)
 
 
 @dataclass(frozen=True)
@@ -26,100 +41,161 @@ class Instructions:
 
 
 def paths(c: Files) -> dict[str, list[Path]]:
-    """The files behind each key; `UserError` that names the key where nothing is found."""
-    found = {key: _glob(c.root, key, getattr(c, key)) for key in ("demonstrations", "annotations")}
-    found["reference"] = _glob(c.root, "reference", (c.reference,))
-    found["ood_files"] = []
-    for entry in c.ood_files:
-        if "=" not in entry:
-            raise UserError(f"config.files.ood_files: {entry!r} must be name=path")
-        found["ood_files"] += _glob(c.root, "ood_files", (entry.split("=", 1)[1],))
-    return found
+    """The files behind each key, in order; `UserError` that names the key where nothing is found."""
+    return {
+        "demonstrations": _glob(c.root, "demonstrations", c.demonstrations),
+        "annotations": _glob(c.root, "annotations", c.annotations),
+        "reference": _glob(c.root, "reference", [c.reference]),
+        "ood_files": [path for _, found in _ood_files(c) for path in found],
+    }
 
 
 def read(c: Files, seed: int) -> Instructions:
-    """Reads every file, checks every record, and puts each instruction on one side of the held-out line for good."""
-    if not 0 < c.held_out < 1:
-        raise UserError(f"config.files.held_out={c.held_out}: a share between 0 and 1")
-    files = paths(c)
-    notes: dict[str, int] = {"empty_outputs": 0, "draws": 0, "missing_verdicts": 0, "without_reference": 0}
-    place = _placer(c, seed)
-    reference = {r["instruction"]: r for r in read_records(files["reference"][0], ("instruction", "output"))}
-    outputs = [r for p in files["demonstrations"] for r in read_records(p, ("instruction", "output", "dataset"))]
+    """Reads every file, checks every record, and puts each instruction on one side of the held-out line for good.
+
+    Raises:
+      UserError: a key leads to no file, a file does not parse, a record lacks a field, or a split stays empty.
+    """
+    _check(c)
+    files, notes = paths(c), Counter(dict.fromkeys(NOTES, 0))
+    outputs = [r for p in files["demonstrations"] for r in _records(p, ("instruction", "output", "dataset"), notes)]
+    fields = ("instruction", "output_1", "output_2", "dataset")
+    verdicts = {p: _records(p, fields, notes, ("preference",)) for p in files["annotations"]}
+    place = _placer(c, seed, [*outputs, *(r for rows in verdicts.values() for r in rows)])
     demonstrations: dict[str, list[Record]] = {"train": [], "id": []}
     for i, r in enumerate(outputs):
-        where = place(r)
-        if where in demonstrations and _text(r, "output").strip():
+        where = place(r["instruction"])
+        if where in demonstrations and r["output"].strip():
             demonstrations[where].append(_record(c, f"demonstration-{i}", r["instruction"], r["output"]))
         elif where in demonstrations:
             notes["empty_outputs"] += 1
-    prompts = _prompts(outputs, place)
-    splits = {}
-    for split in ("id", *(f"ood_{s}" for s in c.ood_sources)):
-        splits[split] = [
-            _record(c, f"{split}-{i}", text, _text(reference[text], "output") if text in reference else "")
-            for i, text in enumerate(_limited(c, prompts.get(split, [])))
-        ]
-    for entry, path in zip(c.ood_files, files["ood_files"], strict=True):
-        name = f"ood_{entry.split('=', 1)[0]}"
-        tasks = list(_seed_tasks(path))
-        chosen = _limited(c, tasks)
-        splits[name] = [_record(c, f"{name}-{i}", text, answer) for i, (text, answer) in enumerate(chosen)]
-    for split, records in splits.items():
-        if not records:
-            raise UserError(f"config.files: split {split!r} is empty; no record's `dataset` leads to it")
-        notes["without_reference"] += sum(not r["response"] for r in records)
+    prompts: dict[str, dict[str, None]] = {}
+    for r in outputs:
+        prompts.setdefault(place(r["instruction"]), {})[r["instruction"]] = None
     return Instructions(
         demonstrations=_nonempty("demonstrations", demonstrations["train"]),
         validation=_nonempty("held-out demonstrations", demonstrations["id"]),
-        preferences=_preferences(c, files["annotations"], place, notes),
+        preferences=_preferences(c, verdicts, place, notes),
         ppo_prompts=[_record(c, f"ppo-{i}", text, "") for i, text in enumerate(prompts["train"])],
-        splits=splits,
-        notes=notes,
+        splits=_splits(c, seed, files["reference"], prompts, notes),
+        notes=dict(notes),
     )
 
 
-def _glob(root: str, key: str, patterns: Iterable[str]) -> list[Path]:
-    found = []
+def _check(c: Files) -> None:
+    if not 0 < c.held_out < 1:
+        raise UserError(f"config.files.held_out={c.held_out}: a share between 0 and 1")
+    if both := set(c.id_sources) & set(c.ood_sources):
+        raise UserError(f"config.files.ood_sources: {sorted(both)[0]!r} is in id_sources too; a source is one or other")
+    names = [*c.ood_sources, *(name for name, _ in _ood_files(c))]
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise UserError(f"config.files.ood_sources, ood_files: {name!r} names {times} splits; each needs its own")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"config.files: {name!r} cannot name a split; letters, digits, _ and - can")
+
+
+def _ood_files(c: Files) -> list[tuple[str, list[Path]]]:
+    """Name and file of each entry of `ood_files`."""
+    for entry in c.ood_files:
+        if "=" not in entry:
+            raise UserError(f"config.files.ood_files: {entry!r} must be name=path")
+    entries = [entry.split("=", 1) for entry in c.ood_files]
+    return [(name, _glob(c.root, "ood_files", [pattern])) for name, pattern in entries]
+
+
+def _glob(root: str, key: str, patterns: Sequence[str]) -> list[Path]:
+    found: dict[Path, None] = {}
     for pattern in patterns:
-        path = Path(root) / pattern
-        matches = sorted(path.parent.glob(path.name))
-        if not matches:
-            raise UserError(f"config.files.{key}: nothing at {path}; set --config.files.root to the folder of the data")
-        found += matches
+        matches = [Path(root) / m for m in sorted(glob.glob(pattern, root_dir=root or "."))]
+        files = [path for path in matches if path.is_file()]
+        if not files:
+            raise UserError(
+                f"config.files.{key}: nothing at {Path(root) / pattern}; set --config.files.root to the data's folder"
+            )
+        found |= dict.fromkeys(files)
     if not found:
         raise UserError(f"config.files.{key}: names no file")
-    return found
+    return list(found)
 
 
-def _placer(c: Files, seed: int) -> Callable[[Mapping[str, str]], str]:
-    """The split of a record by its source; in-distribution ones by a hash of their instruction, "train" or "id"."""
+def _records(path: Path, texts: Sequence[str], notes: Counter[str], other: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The records of a file, in which the fields `texts` are text that UTF-8 can hold."""
+    records = read_records(path, (*texts, *other))
+    for i, r in enumerate(records, 1):
+        for field in texts:
+            r[field] = _text(r[field], f"{path}, record {i}: field {field!r}", notes)
+    return records
 
-    def place(r: Mapping[str, str]) -> str:
-        if r["dataset"] in c.id_sources:
-            digest = hashlib.sha256(f"{seed}/{r['instruction']}".encode("utf-8", "surrogatepass")).digest()
-            return "id" if int.from_bytes(digest[:8]) < c.held_out * 2**64 else "train"
-        return f"ood_{r['dataset']}" if r["dataset"] in c.ood_sources else ""
+
+def _text(value: object, where: str, notes: Counter[str]) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where} is {type(value).__name__}; it must be text")
+    # JSON escapes can hold half of a surrogate pair, where some tool cut an answer within an emoji.
+    text = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    notes["texts_with_lone_surrogates"] += text != value
+    return text
+
+
+def _placer(c: Files, seed: int, records: Iterable[dict[str, Any]]) -> Place:
+    """Splits by source; in-distribution instructions by their hash. An instruction in both kinds of source is "id"."""
+    sources: dict[str, str] = {}
+    for r in records:
+        if r["instruction"] not in sources or r["dataset"] in c.id_sources:
+            sources[r["instruction"]] = r["dataset"]
+
+    def place(instruction: str) -> str:
+        source = sources.get(instruction)
+        if source in c.id_sources:
+            return "id" if _share(seed, instruction) < c.held_out else "train"
+        return f"ood_{source}" if source in c.ood_sources else ""
 
     return place
 
 
-def _prompts(outputs: list[Record], place: Callable[[Mapping[str, str]], str]) -> dict[str, list[str]]:
-    """The distinct instructions of each split, in the order of the files."""
-    found: dict[str, dict[str, None]] = {}
-    for r in outputs:
-        found.setdefault(place(r), {})[r["instruction"]] = None
-    return {split: list(texts) for split, texts in found.items()}
+def _share(seed: int | str, text: str) -> float:
+    """A number in [0, 1) that depends on the seed and the text alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:8]) / 2**64
+
+
+def _splits(
+    c: Files, seed: int, reference: list[Path], prompts: dict[str, dict[str, None]], notes: Counter[str]
+) -> dict[str, list[Record]]:
+    """Evaluation prompts with reference answers, "id" first."""
+    answers = {r["instruction"]: r["output"] for p in reference for r in _records(p, ("instruction", "output"), notes)}
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for split in ("id", *(f"ood_{source}" for source in c.ood_sources)):
+        pairs[split] = [(text, answers.get(text, "")) for text in prompts.get(split, {})]
+    for name, found in _ood_files(c):
+        tasks = [task for path in found for task in _seed_tasks(path, notes)]
+        pairs[f"ood_{name}"] = [(text, answer) for text, answer in tasks if text not in prompts["train"]]
+        notes["ood_prompts_trained_on"] += len(tasks) - len(pairs[f"ood_{name}"])
+    splits = {}
+    for split, found in pairs.items():
+        chosen = _limited(found, c.evaluation_prompts, seed)
+        splits[split] = [_record(c, f"{split}-{i}", text, answer) for i, (text, answer) in enumerate(chosen)]
+        if not chosen:
+            raise UserError(f"config.files: split {split!r} is empty; no record's `dataset` leads to it")
+        notes["without_reference"] += sum(not answer for _, answer in chosen)
+    return splits
+
+
+def _limited(pairs: list[tuple[str, str]], at_most: int, seed: int) -> list[tuple[str, str]]:
+    """At most so many (0 = all), spread over the files, which are often sorted by source."""
+    if not 0 < at_most < len(pairs):
+        return pairs
+    ranked = sorted(range(len(pairs)), key=lambda i: _share(f"limit {seed}", pairs[i][0]))
+    return [pairs[i] for i in sorted(ranked[:at_most])]
 
 
 def _preferences(
-    c: Files, files: list[Path], place: Callable[[Mapping[str, str]], str], notes: dict[str, int]
+    c: Files, verdicts: dict[Path, list[dict[str, Any]]], place: Place, notes: Counter[str]
 ) -> dict[str, list[Record]]:
     """Pairs of each split; a draw or a missing verdict is no pair, and counted."""
     pairs: dict[str, list[Record]] = {"train": [], "id": [], **{f"ood_{s}": [] for s in c.ood_sources}}
-    for path in files:
-        for i, r in enumerate(read_records(path, ("instruction", "output_1", "output_2", "preference", "dataset")), 1):
-            where, verdict = place(r), r["preference"]
+    for path, records in verdicts.items():
+        for i, r in enumerate(records, 1):
+            where, verdict = place(r["instruction"]), r["preference"]
             if where not in pairs:
                 continue
             if verdict is None:
@@ -127,46 +203,42 @@ def _preferences(
             elif verdict in (0, 1.5):
                 notes["draws"] += 1
             elif verdict in (1, 2):
-                won, lost = (1, 2) if verdict == 1 else (2, 1)
-                pairs[where].append(
-                    {
-                        "id": f"{path.stem}-{i}",
-                        "prompt": c.prompt.replace("{instruction}", r["instruction"]),
-                        "chosen": _text(r, f"output_{won}"),
-                        "rejected": _text(r, f"output_{lost}"),
-                        "chosen_finished": "1",
-                        "rejected_finished": "1",
-                    }
-                )
+                won, lost = ("output_1", "output_2") if verdict == 1 else ("output_2", "output_1")
+                notes["empty_answers_in_pairs"] += sum(not r[side].strip() for side in (won, lost))
+                pairs[where].append(_pair(c, f"{path.stem}-{i}", r["instruction"], r[won], r[lost]))
             else:
                 raise UserError(f"{path}, record {i}: preference is {verdict!r}; known are 1, 2, 1.5, 0 and null")
     _nonempty("annotations of training prompts", pairs["train"])
     return {split: found for split, found in pairs.items() if found}
 
 
-def _seed_tasks(path: Path) -> Iterable[tuple[str, str]]:
+def _seed_tasks(path: Path, notes: Counter[str]) -> list[tuple[str, str]]:
     """Instruction, with its first input where there is one, and the answer."""
-    for i, r in enumerate(read_records(path, ("instruction", "instances")), 1):
+    tasks = []
+    for i, r in enumerate(_records(path, ("instruction",), notes, ("instances",)), 1):
+        where = f"{path}, record {i}: `instances`"
         try:
             given, answer = r["instances"][0]["input"], r["instances"][0]["output"]
         except (IndexError, KeyError, TypeError):
-            raise UserError(f"{path}, task {i}: `instances` must hold {{input, output}}") from None
-        yield (f"{r['instruction']}\n\n{given}" if given.strip() else r["instruction"]), answer
-
-
-def _limited(c: Files, records: list) -> list:
-    return records[: c.evaluation_prompts] if c.evaluation_prompts else records
+            raise UserError(f"{where} must be a list of {{input, output}}") from None
+        given, answer = _text(given, f"{where}, input", notes), _text(answer, f"{where}, output", notes)
+        tasks.append((f"{r['instruction']}\n\n{given}" if given.strip() else r["instruction"], answer))
+    return tasks
 
 
 def _record(c: Files, name: str, instruction: str, response: str) -> Record:
     return {"id": name, "prompt": c.prompt.replace("{instruction}", instruction), "response": response}
 
 
-def _text(r: Mapping[str, object], field: str) -> str:
-    value = r[field]
-    if not isinstance(value, str):
-        raise UserError(f"config.files: field {field!r} of {str(r.get('instruction'))[:40]!r} is no text")
-    return value
+def _pair(c: Files, name: str, instruction: str, chosen: str, rejected: str) -> Record:
+    return {
+        "id": name,
+        "prompt": c.prompt.replace("{instruction}", instruction),
+        "chosen": chosen,
+        "rejected": rejected,
+        "chosen_finished": "1",
+        "rejected_finished": "1",
+    }
 
 
 def _nonempty(what: str, records: list[Record]) -> list[Record]:

@@ -15,6 +15,7 @@ import numpy as np
 import jaxrlhf
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import builders, instructions, tokens, world
+from jaxrlhf.files import read_text, write_text
 
 Records = Sequence[dict[str, str]]
 
@@ -82,11 +83,11 @@ def _files(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Tas
     }
     hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for ps in instructions.paths(c).values() for p in ps]
     mark = fingerprint(config, dataclasses.asdict(c), hashes)
-    texts = _prepare(records, ("_order", "id", "prompt", "response"), workdir / "data" / "texts", mark)
-    fields = ("_order", "id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished")
+    texts = _prepare(records, ("id", "prompt", "response"), workdir / "data" / "texts", mark)
+    fields = ("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished")
     pairs = _prepare(found.preferences, fields, workdir / "data" / "pairs", mark)
     return Task(
-        tokenizer=_learnt_tokenizer(c.vocab_size, texts["demonstrations"], workdir / "tokenizer.json"),
+        tokenizer=_learnt_tokenizer(c.vocab_size, texts["demonstrations"], workdir, mark),
         documents=lambda: texts["demonstrations"],
         demonstrations=texts["demonstrations"],
         validation=texts["validation"],
@@ -105,11 +106,14 @@ def _prepare(
     return builders.prepare(lambda path: builders.Records(splits=splits, fields=fields, data_dir=path), folder, mark)
 
 
-def _learnt_tokenizer(vocab_size: int, examples: Records, path: Path) -> tokens.Tokenizer:
-    """Byte-level BPE learnt from the demonstrations; learning is deterministic, so a resumed run finds the same."""
-    tokenizer = tokens.bpe_tokenizer((text for r in examples for text in (r["prompt"], r["response"])), vocab_size)
-    tokenizer.save(path)
-    return tokenizer
+def _learnt_tokenizer(vocab_size: int, examples: Records, workdir: Path, mark: str) -> tokens.Tokenizer:
+    """Byte-level BPE learnt from the demonstrations, once: what `workdir` holds is taken if it has this mark."""
+    path, done = workdir / "tokenizer.json", workdir / "data" / "tokenizer.txt"
+    if not (path.exists() and done.exists() and read_text(done) == mark):
+        texts = (text for r in examples for text in (r["prompt"], r["response"]))
+        tokens.bpe_tokenizer(texts, vocab_size).save(path)
+        write_text(done, mark)
+    return tokens.load(path)
 
 
 def fingerprint(config: Experiment, *parts: Any) -> str:
