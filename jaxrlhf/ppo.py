@@ -7,6 +7,7 @@ Rollout, so that the epochs touch TOP only.
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +188,7 @@ def ppo(run: Run) -> None:
     state = optim.new_state(tx, start, run.mesh, kl_coef=jnp.float32(c.kl_coef))
 
     def step(state: TrainState, i: int) -> tuple[TrainState, dict]:
-        batch: PromptBatch = sharding.shard_batch(prompts[i], run.mesh)
+        batch = cast(PromptBatch, sharding.shard_batch(prompts[i], run.mesh))
         draw_key, update_key = jax.random.split(run.key("ppo", i))
         drawn = sampling.sample(run.arch, gen, fixed.frozen, state.params.top, batch.tokens_BP, batch.mask_BP, draw_key)
         rollout, seen = score(run.arch, c, fixed, state.params, state.kl_coef, batch, drawn)
