@@ -89,7 +89,7 @@ NAMES: dict[str, dict[str, str]] = {
 }
 HEAD = "lm_head.weight"
 PREFIXES = {"llama": ("model.", ""), "opt": ("model.decoder.", "decoder.", ""), "gpt2": ("transformer.", "")}
-# What older checkpoints store beside their weights: masks and tables that follow from the config.
+# What older checkpoints store beside their weights, all of it following from the config.
 BUFFERS = re.compile(r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 
 # Fields of `model.Architecture`: their names in config.json.
@@ -242,8 +242,7 @@ def architecture(config: Mapping[str, Any]) -> model.Architecture:
         raise UserError("config.json: word_embed_proj_dim other than hidden_size is not implemented")
     if family == "gpt2" and fields["ff_width"] is None:
         fields["ff_width"] = 4 * fields["width"]
-    heads, width = fields["heads"], fields["width"]
-    fields = {"kv_heads": heads, "head_width": width // max(heads, 1)} | fields
+    fields = {"kv_heads": fields["heads"], "head_width": fields["width"] // max(fields["heads"], 1)} | fields
     _check_sizes(family, fields)
     return model.Architecture(**(model.FAMILIES[family] | fields))
 

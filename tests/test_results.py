@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxrlhf.config import Evaluation, Experiment
 from jaxrlhf.evaluation import results
 from jaxrlhf.evaluation.generalisation import comparisons, gaps, outcomes
 from jaxrlhf.files import UserError
@@ -19,15 +20,24 @@ def write(path, records):
     return str(path)
 
 
-def answers(tmp_path, name, texts, dataset="d"):
-    rows = [{"instruction": f"q{i}", "output": t, "generator": name, "dataset": dataset} for i, t in enumerate(texts)]
+def answers(tmp_path, name, texts, datasets=None):
+    rows = [{"instruction": f"q{i}", "output": t, "generator": name} for i, t in enumerate(texts)]
+    rows = [r | {"dataset": d} for r, d in zip(rows, datasets or ["d"] * len(rows), strict=True)]
     return write(tmp_path / f"{name}.json", rows)
 
 
-def measure(tmp_path, outputs, reference="", annotations=(), log=None):
+def measure(tmp_path, outputs, reference="", annotations=()):
     lines = []
-    found = results.evaluate_outputs(outputs, reference, annotations, False, tmp_path / "out", log or lines.append, 200)
+    found = results.evaluate_outputs(outputs, reference, annotations, False, tmp_path / "out", lines.append, 200)
     return found, lines
+
+
+def estimates(tree):
+    if isinstance(tree, dict) and {"mean", "low", "high", "n"} <= tree.keys():
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from estimates(value)
 
 
 def test_several_files_under_one_name_are_samples_of_the_prompts_they_share(tmp_path):
@@ -37,49 +47,49 @@ def test_several_files_under_one_name_are_samples_of_the_prompts_they_share(tmp_
     m = found["policies"]["m"]["all"]
     assert (m["n_prompts"], m["samples_per_prompt"]) == (2, 2)
     assert m["diversity"]["per_input"]["distinct"]["n"] == 2
+    # n=1: 6 of 6 and 2 of 4; n=2: 4 of 4 and 1 of 2; n=3: 2 of 2 and none
+    assert m["diversity"]["per_input"]["distinct"]["mean"] == pytest.approx((3 / 5 + (1 / 2 + 1 / 2) / 5) / 2)
     assert any("1 prompts are not in all" in line for line in lines)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
 
 
 def test_one_sample_has_no_per_input_diversity(tmp_path):
     found, _ = measure(tmp_path, [f"m={answers(tmp_path, 'a', ['x', 'y'])}"])
+    assert set(found["policies"]["m"]["all"]) == {"n_prompts", "samples_per_prompt", "length", "diversity"}
     assert "per_input" not in found["policies"]["m"]["all"]["diversity"]
-    assert "win_rate" not in found["policies"]["m"]["all"]
+    assert found["comparisons"] == []
 
 
-def test_verdicts_draws_count_half_and_missing_ones_not_at_all(tmp_path):
-    a = answers(tmp_path, "a", list("vwxyz"))
-    verdicts = [{"instruction": "q", "preference": p, "dataset": "d"} for p in (2, 1, 1.5, 0, None, 2)]
-    found, _ = measure(tmp_path, [f"m={a}"], annotations=[f"m={write(tmp_path / 'v.json', verdicts)}"])
-    e = found["policies"]["m"]["all"]["win_rate"]
-    assert (e["mean"], e["n"]) == (pytest.approx(3 / 5), 5)
+def test_splits_are_all_and_one_for_each_dataset(tmp_path):
+    a = answers(tmp_path, "a", ["x", "x y", "x y z", ""], ["k", "v", "k", ""])
+    verdicts = [
+        {"instruction": f"q{i}", "preference": p, "dataset": d}
+        for i, (p, d) in enumerate([(2, "k"), (1, "v"), (2, "k")])
+    ]
+    found, _ = measure(tmp_path, [f"m={a}"], a, [f"m={write(tmp_path / 'v.json', verdicts)}"])
+    m = found["policies"]["m"]
+    assert {s: (v["n_prompts"], v["length"]["mean"]) for s, v in m.items()} == {
+        "all": (4, 1.5),
+        "k": (2, 2),
+        "v": (1, 2),
+    }
+    assert {s: (v["win_rate"]["mean"], v["win_rate"]["n"]) for s, v in m.items()} == {
+        "all": (pytest.approx(2 / 3), 3),
+        "k": (1, 2),
+        "v": (0, 1),
+    }
+    assert found["policies"]["reference"]["all"]["length"] == m["all"]["length"]
+    assert "win_rate" not in found["policies"]["reference"]["all"]
 
 
-@pytest.mark.parametrize(
-    ("record", "says"),
-    [
-        ({"instruction": "q"}, "record 2: no field 'output'"),
-        ({"instruction": "q", "output": 3}, "record 2: the output must be a text"),
-        ({"instruction": 3, "output": "x"}, "record 2: the prompt must be a text"),
-        ([], "record 2: expected an object"),
-    ],
-)
-def test_bad_records_are_named(tmp_path, record, says):
-    path = write(tmp_path / "a.json", [{"instruction": "q", "output": "x"}, record])
-    with pytest.raises(UserError, match=says):
-        measure(tmp_path, [f"m={path}"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_bad_lines_and_verdicts_are_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "responses": ["x"]}\n\n{"prompt": \n')
-    with pytest.raises(UserError, match=r"a\.jsonl:3: not valid JSON"):
-        measure(tmp_path, [f"m={tmp_path / 'a.jsonl'}"])
+def test_names_that_do_not_fit_together(tmp_path):
     a = answers(tmp_path, "a", ["x"])
-    with pytest.raises(UserError, match="record 1: preference is 7"):
-        measure(tmp_path, [f"m={a}"], annotations=[f"m={write(tmp_path / 'v.json', [{'preference': 7}])}"])
-    with pytest.raises(UserError, match="no --outputs has that name"):
-        measure(tmp_path, [f"m={a}"], annotations=[f"n={write(tmp_path / 'w.json', [{'preference': 2}])}"])
+    verdicts = write(tmp_path / "w.json", [{"instruction": "q0", "preference": 2}])
+    with pytest.raises(UserError, match=r"--annotations n=.*no --outputs has that name; known are m"):
+        measure(tmp_path, [f"m={a}"], annotations=[f"n={verdicts}"])
+    with pytest.raises(UserError, match=r"--outputs reference=.*kept for --reference"):
+        measure(tmp_path, [f"reference={a}"], a)
+    assert not (tmp_path / "out").exists()
 
 
 def test_outcomes_by_hand():
@@ -95,20 +105,133 @@ def test_gap_and_comparisons_by_hand():
     assert (found["a"], found["b"], found["win_rate"]["mean"]) == ("b", "a", 0.75)
 
 
+def record(i, gold, scores, **reference):
+    texts = [f"{i} a b c", f"{i} a x y"]
+    return {
+        "id": f"i{i}",
+        "prompt": f"p{i}",
+        "reference": "r",
+        "responses": texts,
+        "scores": scores,
+        "gold": gold,
+    } | reference
+
+
+def samples(tmp_path, policy, split, records):
+    path = tmp_path / "samples" / policy / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "config.json").write_text('{"name": "x"}')
+
+
+def evaluate(tmp_path, judge="gold"):
+    config = Experiment(evaluation=Evaluation(judge=judge, bootstrap=200))
+    return results.evaluate_samples(tmp_path, config, lambda line: None)
+
+
+def a_workdir(tmp_path):
+    ref = {"reference_gold": 1.0, "reference_score": 0.0}
+    for policy, shift in (("sft", 0.0), ("ppo", 1.0)):
+        rows = [
+            record(1, [shift, 1 + shift], [-1.0, -1.0], **ref),
+            record(2, [2 + shift, 2 + shift], [1.0, -1.0], **ref),
+            record(3, [shift, shift], [1.0, 1.0]),  # no reference: does not count in win rates
+        ]
+        samples(tmp_path, policy, "ood_b", rows)
+        samples(tmp_path, policy, "ood_a", rows[:2])
+        samples(tmp_path, policy, "id", rows)
+    (tmp_path / "samples" / "ppo" / "info.json").write_text('{"pool": 64}')
+
+
+def test_a_recipes_samples_by_hand(tmp_path):
+    a_workdir(tmp_path)
+    found = evaluate(tmp_path)
+    assert (found["schema"], found["task"], found["judge"]) == (1, "world", "gold")
+    assert (found["config"], found["sampling"]) == ({"name": "x"}, {"ppo": {"pool": 64}})
+    assert {p: list(s) for p, s in found["policies"].items()} == {p: ["id", "ood_a", "ood_b"] for p in ("sft", "ppo")}
+    m = found["policies"]["sft"]["id"]
+    assert (m["n_prompts"], m["samples_per_prompt"]) == (3, 2)
+    # prompt 1: a loss and a draw; prompt 2: two wins
+    e = m["win_rate"]
+    assert (e["mean"], e["n"], e["se"]) == ((0.25 + 1) / 2, 2, pytest.approx(np.std([0.25, 1], ddof=1) / 2**0.5))
+    assert (m["gold"]["mean"], m["score"]["mean"], m["length"]["mean"]) == (pytest.approx(2.5 / 3), 0.0, 4.0)
+    # gap of gold: (0.5 + 2 + 0) / 3 in distribution, (0.5 + 2) / 2 on the first two prompts alone
+    gap = found["generalisation_gap"]["sft"]
+    assert list(gap) == ["ood_a", "ood_b"]
+    assert gap["ood_a"]["gold"]["mean"] == pytest.approx(2.5 / 3 - 1.25)
+    assert gap["ood_b"]["gold"]["mean"] == 0
+    # ppo against sft, all four pairs: prompt 1 is {1, 2} against {0, 1}, 3.5 of 4; prompts 2 and 3 all wins
+    (e,) = [c for c in found["comparisons"] if c["split"] == "id"]
+    assert (e["a"], e["b"], e["win_rate"]["mean"]) == ("ppo", "sft", pytest.approx((3.5 / 4 + 1 + 1) / 3))
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+
+def test_the_reward_model_as_judge(tmp_path):
+    a_workdir(tmp_path)
+    e = evaluate(tmp_path, "reward")["policies"]["ppo"]["id"]["win_rate"]
+    assert (e["mean"], e["n"]) == ((0 + 0.5) / 2, 2)
+
+
+def test_a_number_that_was_not_measured_is_absent(tmp_path):
+    rows = [{k: v for k, v in record(i, [], [0.5, 1.5]).items() if k != "gold"} for i in range(3)]
+    samples(tmp_path, "sft", "id", rows)
+    assert not {"gold", "win_rate"} & set(evaluate(tmp_path, "reward")["policies"]["sft"]["id"])
+    with pytest.raises(UserError, match=r"config\.evaluation\.judge='gold': samples have no field 'gold'"):
+        evaluate(tmp_path)
+
+
+def test_samples_that_cannot_be_measured_are_named(tmp_path):
+    with pytest.raises(UserError, match="samples holds no samples; run `jaxrlhf sample` first"):
+        evaluate(tmp_path)
+    rows = [record(i, [1.0, 2.0], [0.0, 0.0]) for i in range(3)]
+    samples(tmp_path, "sft", "id", rows)
+    samples(tmp_path, "ppo", "id", rows[::-1])
+    with pytest.raises(UserError, match=r"ppo/id\.jsonl: its ids are not those of sft/id\.jsonl"):
+        evaluate(tmp_path)
+    samples(tmp_path, "ppo", "id", [rows[0], rows[1] | {"gold": [1.0]}, rows[2]])
+    with pytest.raises(UserError, match=r"ppo/id\.jsonl, record 2: 1 gold; must be 2"):
+        evaluate(tmp_path)
+    samples(tmp_path, "ppo", "id", [])
+    with pytest.raises(UserError, match=r"ppo/id\.jsonl: holds no record"):
+        evaluate(tmp_path)
+
+
+def test_the_same_samples_give_the_same_bytes_and_ordered_intervals(tmp_path):
+    a_workdir(tmp_path)
+    found = evaluate(tmp_path)
+    first = (tmp_path / "results.json").read_bytes()
+    evaluate(tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == first
+    assert all(e["low"] <= e["mean"] <= e["high"] and e["n"] > 0 for e in estimates(found))
+    assert all("se" in c["win_rate"] for c in found["comparisons"])
+
+
+def test_the_table_has_a_row_for_each_policy_and_split(tmp_path):
+    a_workdir(tmp_path)
+    head, *rows = results.table(evaluate(tmp_path)).splitlines()
+    assert [r.split()[:3] for r in rows[:3]] == [["sft", "id", "3"], ["sft", "ood_a", "2"], ["sft", "ood_b", "3"]]
+    assert len(rows) == 6
+    assert rows[0].index("0.625 [") == head.index("win rate")
+
+
 @needs_data
-def test_published_win_rates(tmp_path):
-    published = json.loads((DATA / "published_win_rates.json").read_text())
-    models = [p.stem for p in (DATA / "annotations").glob("*.json")]
-    assert models
-    for model in models:
-        wanted = published[model]
-        found = results.outputs.read_verdicts([DATA / "annotations" / f"{model}.json"])
-        e = results.win_rate(np.array([o for _, o in found]))
-        assert 100 * e["mean"] == pytest.approx(wanted["win_rate"], abs=1e-6)
-        assert 100 * e["se"] == pytest.approx(wanted["standard_error"], abs=1e-6)
-        assert e["n"] == wanted["n_total"]
+def test_real_files(tmp_path):
+    names = ("alpaca-7b", "alpaca-farm-ppo-human")
+    found, _ = measure(
+        tmp_path,
+        [f"{n}={DATA}/outputs/{n}.json" for n in names],
+        annotations=[f"{n}={DATA}/annotations/{n}.json" for n in names],
+    )
+    sft, rlhf = (found["policies"][n] for n in names)
+    assert list(sft) == ["all", "helpful_base", "koala", "oasst", "selfinstruct", "vicuna"]
+    assert sum(m["n_prompts"] for s, m in sft.items() if s != "all") == sft["all"]["n_prompts"] == 805
+    assert sft["all"]["win_rate"]["high"] < rlhf["all"]["win_rate"]["low"]
+    assert all(e["low"] <= e["mean"] <= e["high"] for e in estimates(found))
 
 
 def test_measuring_imports_no_jax():
-    program = "import sys, jaxrlhf.main, jaxrlhf.evaluation.results; sys.exit('jax' in sys.modules)"
+    program = (
+        "import sys, jaxrlhf.main, jaxrlhf.evaluation.results; "
+        "sys.exit(bool({'jax', 'flax', 'matplotlib', 'scipy', 'torch'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -6,7 +6,7 @@ A prompt that is too long loses its left end, a response its right end and with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import grain
 import numpy as np
@@ -16,7 +16,14 @@ from jaxrlhf.types import PairBatch, PromptBatch, SftBatch
 
 Record = Mapping[str, str]
 Row = tuple[list[int], list[int]]
+Batch = TypeVar("Batch", covariant=True)
 WIDTHS = 8  # rows are as long as the longest of their set, rounded up: fewer wasted columns, one shape a set
+
+
+class Batches(Protocol[Batch]):
+    """`batches[step]`, for every step from 0 without end."""
+
+    def __getitem__(self, step: int, /) -> Batch: ...
 
 
 def truncation(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int) -> int:
@@ -38,7 +45,7 @@ def sft_batches(
     response_length: int,
     prompt_weight: float,
     seed: int,
-) -> grain.MapDataset[SftBatch]:
+) -> Batches[SftBatch]:
     """`batches[step]` is an SftBatch [B, T]: prompt, response and end-of-text, padded on the right.
 
     `weight_BT` is `prompt_weight` on the prompt, 1 on the response and its end-of-text, 0 on padding and on the first
@@ -69,7 +76,7 @@ def pair_batches(
     prompt_length: int,
     response_length: int,
     seed: int,
-) -> grain.MapDataset[PairBatch]:
+) -> Batches[PairBatch]:
     """`batches[step]` is a PairBatch [2B, T]: chosen rows, then rejected ones, padded on the right."""
     rows = _pairs(pairs, tokenizer, prompt_length, response_length)
     width = _width((len(row) for pair in rows for row in pair), prompt_length + response_length)
@@ -88,7 +95,7 @@ def eval_pair_batches(
 
 def prompt_batches(
     records: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, prompt_length: int, seed: int
-) -> grain.MapDataset[PromptBatch]:
+) -> Batches[PromptBatch]:
     """`batches[step]` is a PromptBatch [B, P], padded on the left; `index_B` is the place in `records`."""
     rows = _prompts(records, tokenizer, prompt_length)
     width = _width((len(p) for _, p in rows), prompt_length)
@@ -137,7 +144,7 @@ def _width(lengths: Iterable[int], at_most: int) -> int:
     return min(-(-max(lengths) // WIDTHS) * WIDTHS, at_most)
 
 
-def _stream(rows: list, batch_size: int, seed: int, collate: Callable[[Sequence], Any]) -> grain.MapDataset[Any]:
+def _stream(rows: list, batch_size: int, seed: int, collate: Callable[[Sequence], Any]) -> Any:
     source = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
     return source.batch(batch_size, drop_remainder=True, batch_fn=collate)
 

@@ -1,212 +1,276 @@
-"""The report's figures: one function a picture, to a PNG whose bytes do not hang on the clock."""
+"""The report's figures: numbers in, PNG bytes out, the same bytes for the same numbers.
+
+Every panel is a picture of its own, narrow enough that its letters stay readable on a phone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import io
+import math
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import cycle
+from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-Results = Mapping[str, Any]
-# Okabe & Ito's colours, which stay apart for colour-blind eyes.
-COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-STYLE: Any = {
+Estimate = Mapping[str, float]  # mean, low, high, n
+Series = Mapping[str, Mapping[str, Estimate]]  # policy -> split -> estimate
+Place = tuple[str, ...]  # where an estimate lies within a policy's split
+
+
+class Look(NamedTuple):
+    """How a policy is shown wherever it appears."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+# Okabe & Ito's colours, which stay apart for colour-blind eyes; markers say the same again.
+PALETTE = {"sft": "#0072B2", "bon": "#009E73", "ppo": "#D55E00", "reference": "#6B6B6B"}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+NEUTRAL = ("#444444", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#A5AA99")  # for what is not a policy
+MARKERS = "osDv^PX*<>"
+INK, SOFT, GRID = "#222222", "#555555", "#E4E4E4"
+STYLE: dict[str, Any] = {
     "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # names come from files and may hold dollar signs
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e6e6e6",
+    "grid.color": GRID,
     "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
 }
-NAMES = {"sft": "SFT", "bon": "best-of-N", "ppo": "PPO", "id": "in-distribution"}
-LABELS = {
-    "win_rate": "win rate against the reference",
-    "gold": "gold reward",
-    "score": "reward-model score",
-    "length": "words",
-    "ead": "EAD",
-    "distinct": "distinct-n",
-    "cosine": "3-gram cosine diversity",
+LABELS: dict[Place, str] = {
+    ("win_rate",): "win rate against the reference",
+    ("gold",): "gold reward",
+    ("score",): "reward-model score",
+    ("length",): "length (words)",
 }
-TITLES = {"per_input": "per input", "across_input": "across inputs"}
-CURVES = {
-    "pretrain": ("loss", "validation_loss"),
-    "sft": ("loss", "validation_loss"),
-    "reward": ("loss", "accuracy", "accuracy_id"),
-    "ppo": ("score", "gold", "kl", "rollout_entropy", "length", "explained_variance"),
+# Not the reader's matplotlibrc: the picture is the same on every machine.
+_styled = matplotlib.style.context(["default", STYLE])
+METRICS = {"ead": "EAD", "distinct": "distinct-n", "cosine": "3-gram cosine", "sbert": "Sentence-BERT", "nli": "NLI"}
+SCOPES = {"per_input": "per-input", "across_input": "across-input"}
+# Of each stage: what a panel's y axis says, and the metrics drawn in it (`*` stands for a split).
+CURVES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "pretrain": (("loss (nats a token)", ("loss", "validation_loss")),),
+    "sft": (("loss (nats a token)", ("loss", "validation_loss")),),
+    "reward": (
+        ("loss (nats a pair)", ("loss", "validation_loss")),
+        ("accuracy (share of pairs)", ("accuracy", "accuracy_*")),
+    ),
+    "ppo": (
+        ("reward-model score", ("score",)),
+        ("gold reward", ("gold",)),
+        ("KL to SFT (nats a response)", ("kl",)),
+        ("length (tokens)", ("length",)),
+        ("entropy (nats a token)", ("rollout_entropy", "entropy")),
+        ("finished responses (share)", ("finished",)),
+    ),
 }
 
 
-def draw(results: Results, metrics: Mapping[str, Sequence[Mapping[str, float]]], folder: Path) -> dict[str, Path]:
-    """Draws every figure that the numbers allow into `folder`; name -> file, in the order of the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    pictures: dict[str, Callable[[Results], Any]] = {
-        "headline": _headline,
-        "generalisation": _generalisation,
-        "gap": _gap,
-        "diversity": _diversity,
-        "tradeoff": _tradeoff,
+def label(place: Place) -> str:
+    """What the estimates at `place` measure, in words."""
+    if place[0] == "diversity" and len(place) == 3:
+        return f"{SCOPES.get(place[1], place[1])} {METRICS.get(place[2], place[2])}"
+    return LABELS.get(place, " ".join(place).replace("_", " "))
+
+
+def visible(text: str) -> str:
+    """`text` with characters that do not show, or that reorder others, replaced by their code points."""
+    hidden = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+    if text.isprintable():
+        return text
+    return "".join(f"⟨U+{ord(c):04X}⟩" if c not in "\n\t" and unicodedata.category(c) in hidden else c for c in text)
+
+
+def looks(labels: Mapping[str, str]) -> dict[str, Look]:
+    """A colour and a marker for each policy; SFT, best-of-N, PPO and the reference keep theirs in every report."""
+    spare = cycle([c for c in COLOURS if c not in {PALETTE[p] for p in labels if p in PALETTE}] or COLOURS)
+    return {
+        policy: Look(text, PALETTE[policy] if policy in PALETTE else next(spare), MARKERS[i % len(MARKERS)])
+        for i, (policy, text) in enumerate(labels.items())
     }
-    found = {}
-    with plt.rc_context(STYLE):
-        figures = {name: make(results) for name, make in pictures.items()}
-        figures |= {f"training_{stage}": _curves(stage, rows) for stage, rows in metrics.items()}
-        for name, figure in figures.items():
-            if figure is not None:
-                found[name] = folder / f"{name}.png"
-                figure.savefig(found[name], dpi=130, bbox_inches="tight", metadata={"Software": None})
-                plt.close(figure)
-    return found
 
 
-def name(key: str) -> str:
-    """A policy's or split's name as a reader says it; from a file it may hold anything, so mathematics is disarmed."""
-    return NAMES.get(key, key.removeprefix("ood_").replace("$", r"\$"))
+@_styled
+def by_split(
+    series: Series, shown: Mapping[str, Look], splits: Mapping[str, str], place: Place, zero: str = ""
+) -> bytes:
+    """A panel of one measure: a row for each split, a point with its interval for each policy.
+
+    `splits` maps splits to their labels in order; `zero` labels a line at 0 where there is one to draw.
+    """
+    figure = Figure((4.3, _height(series, splits)))
+    ax = figure.subplots()
+    _dots(ax, series, shown, splits, f"{zero}{label(place)}")
+    if zero:
+        ax.axvline(0, color=SOFT, lw=1, zorder=1)
+    _legend(figure, [shown[p] for p in series], 46)
+    return _png(figure)
 
 
-def measure(results: Results) -> str | None:
-    """What says best how well a policy does here: the gold reward, else the win rate, else the score."""
-    held = [set(m) for splits in results["policies"].values() for m in splits.values()]
-    return next((k for k in ("gold", "win_rate", "score") if any(k in h for h in held)), None)
+@_styled
+def headline(
+    panels: Sequence[tuple[str, Series, Place]], shown: Mapping[str, Look], splits: Mapping[str, str], wide: bool
+) -> bytes:
+    """The paper's figure 1: how well each policy does, beside how varied its outputs are. Narrow: one above the other.
+
+    `panels` holds a title, the estimates and where they come from.
+    """
+    policies = dict.fromkeys(p for _, series, _ in panels for p in series)
+    height = max(_height(series, splits) for _, series, _ in panels) + 0.2
+    figure = Figure((4.4 * len(panels) if wide else 4.3, height if wide else height * len(panels)))
+    rows, columns = (1, len(panels)) if wide else (len(panels), 1)
+    for i, (ax, (title, series, place)) in enumerate(
+        zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True)
+    ):
+        _dots(ax, series, shown, splits, label(place))
+        ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        if wide and i:
+            ax.tick_params(labelleft=False)
+    _legend(figure, [shown[p] for p in policies], 110 if wide else 46)
+    return _png(figure)
 
 
-def _splits(results: Results) -> list[str]:
-    found = dict.fromkeys(split for splits in results["policies"].values() for split in splits)
-    return [s for s in ("id", "all") if s in found] + [s for s in found if s not in ("id", "all")]
+@_styled
+def tradeoff(
+    points: Mapping[str, Mapping[str, tuple[Estimate, Estimate]]],
+    shown: Mapping[str, Look],
+    splits: Mapping[str, str],
+    x_label: str,
+    y_label: str,
+) -> bytes:
+    """Each policy and split as a point (x, y) with both intervals; the colour is the policy, the shape the split."""
+    figure = Figure((5.2, 4.2 + 0.2 * math.ceil(len(splits) / 3)))
+    ax = figure.subplots()
+    markers = dict(zip(splits, cycle(MARKERS), strict=False))
+    for policy, found in points.items():
+        for split, (x, y) in found.items():
+            ax.errorbar(
+                x["mean"],
+                y["mean"],
+                _whiskers([y]),
+                _whiskers([x]),
+                fmt=markers[split],
+                color=shown[policy].colour,
+                ms=6,
+                lw=1,
+            )
+    ax.set(xlabel=_short(x_label, 60), ylabel=_short(y_label, 48))
+    _legend(figure, [shown[p]._replace(marker="o") for p in points], 54)
+    _legend(figure, [Look(text, SOFT, markers[s]) for s, text in splits.items()], 54, "outside lower left")
+    return _png(figure)
 
 
-def _bars(ax: Axes, results: Results, label: str, pick: Callable[[Mapping], Mapping | None]) -> bool:
-    """Points with intervals, a group for each split, a colour for each policy; whether anything was there to draw."""
-    splits, policies = _splits(results), list(results["policies"])
-    drawn = False
-    for p, policy in enumerate(policies):
-        xs, es = [], []
-        for s, split in enumerate(splits):
-            e = pick(results["policies"][policy].get(split, {}))
-            if e:
-                xs.append(s + (p - (len(policies) - 1) / 2) * 0.7 / len(policies))
-                es.append(e)
-        if es:
-            drawn = True
-            ax.errorbar(xs, [e["mean"] for e in es], _whiskers(es), fmt="o", ms=5, color=_colour(p), label=name(policy))
-    ax.set_xticks(range(len(splits)), [name(s) for s in splits], rotation=20, ha="right")
-    ax.set_ylabel(label)
-    ax.grid(axis="x", visible=False)
-    return drawn
+@_styled
+def shares(series: Series, splits: Mapping[str, str], x_label: str, half: str) -> bytes:
+    """A panel of shares between 0 and 1, whatever they are of, with a line at one half that is called `half`."""
+    shown = {k: Look(k, NEUTRAL[i % len(NEUTRAL)], MARKERS[i % len(MARKERS)]) for i, k in enumerate(series)}
+    figure = Figure((4.3, _height(series, splits)))
+    ax = figure.subplots()
+    _dots(ax, series, shown, splits, x_label)
+    ax.axvline(0.5, color=SOFT, lw=1, ls="--", zorder=1)
+    _legend(figure, [*shown.values(), Look(half, SOFT, "")], 46)
+    return _png(figure)
 
 
-def _whiskers(es: Sequence[Mapping[str, float]]) -> list[list[float]]:
+def curves(stage: str, rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, str, bytes]]:
+    """(name, label, picture) of each panel of a stage's training curves that the logged rows allow."""
+    logged = dict.fromkeys(k.removeprefix(f"{stage}/") for row in rows for k in row)
+    for title, wanted in CURVES[stage]:
+        found = {}
+        for key in dict.fromkeys(k for w in wanted for k in logged if fnmatchcase(k, w)):
+            points = [(r["step"], r[f"{stage}/{key}"]) for r in rows if f"{stage}/{key}" in r]
+            found[key] = [p for p in points if all(isinstance(v, int | float) and math.isfinite(v) for v in p)]
+        found = {k: v for k, v in found.items() if v}
+        if found:
+            yield f"training_{stage}_{wanted[0]}", title, _lines(found, title)
+
+
+@_styled
+def _lines(found: Mapping[str, Sequence[tuple[float, float]]], title: str) -> bytes:
+    figure = Figure((4.3, 2.8 + 0.2 * ((len(found) - 1) // 2)))
+    ax = figure.subplots()
+    handles = []
+    for (key, points), colour in zip(found.items(), cycle(NEUTRAL), strict=False):
+        marker = "o" if len(points) < 12 else ""
+        text = _short(key.replace("_", " "), 22)
+        handles += ax.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, lw=1.5, label=text)
+    ax.set(xlabel="step", ylabel=title)
+    if len(handles) > 1:
+        figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=9)
+    return _png(figure)
+
+
+def _dots(ax: Axes, series: Series, shown: Mapping[str, Look], splits: Mapping[str, str], x_label: str) -> None:
+    step = 0.68 / max(len(series), 1)
+    for p, (policy, found) in enumerate(series.items()):
+        held = [(i, found[s]) for i, s in enumerate(splits) if s in found]
+        ax.errorbar(
+            [e["mean"] for _, e in held],
+            [i + (p - (len(series) - 1) / 2) * step for i, _ in held],
+            xerr=_whiskers([e for _, e in held]),
+            fmt=shown[policy].marker,
+            color=shown[policy].colour,
+            ms=5,
+            lw=1.6,
+        )
+    ax.set_yticks(range(len(splits)), [_short(text, 22) for text in splits.values()])
+    ax.set_ylim(len(splits) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+    for edge in range(1, len(splits)):
+        ax.axhline(edge - 0.5, color=GRID, lw=0.8, zorder=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.set_xlabel(_short(x_label, 50))
+
+
+def _whiskers(es: Sequence[Estimate]) -> list[list[float]]:
     return [[max(e["mean"] - e["low"], 0) for e in es], [max(e["high"] - e["mean"], 0) for e in es]]
 
 
-def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
+def _height(series: Series, splits: Mapping[str, str]) -> float:
+    return min(1.2 + len(splits) * (0.2 + 0.13 * len(series)) + 0.2 * (len(series) // 4), 30)
 
 
-def _diversity_of(scope: str, metric: str) -> Callable[[Mapping], Mapping | None]:
-    return lambda m: m.get("diversity", {}).get(scope, {}).get(metric)
+def _legend(figure: Figure, entries: Sequence[Look], letters: int, loc: Any = "outside upper left") -> None:
+    """One row of about `letters` letters, or as many rows as it takes."""
+    labels = [_short(e.label, 28) for e in entries]
+    columns = max(1, min(len(labels), letters // (max(map(len, labels), default=0) + 5)))
+    lines = [Line2D([], [], color=e.colour, marker=e.marker, ls="" if e.marker else "--", ms=6) for e in entries]
+    figure.legend(lines, labels, loc=loc, ncols=columns, handletextpad=0.4, columnspacing=1.4)
 
 
-def _scope(results: Results) -> str:
-    """Per input where any policy has several samples a prompt, else across inputs."""
-    held = [m.get("diversity", {}) for splits in results["policies"].values() for m in splits.values()]
-    return "per_input" if any("per_input" in h for h in held) else "across_input"
+def _short(text: str, most: int) -> str:
+    """One line of at most `most` characters; matplotlib would leave out a legend entry that starts with `_`."""
+    text = " ".join(visible(text).split())
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return f" {text}" if text.startswith("_") else text
 
 
-def _headline(results: Results) -> Any:
-    best, scope = measure(results), _scope(results)
-    figure, axes = plt.subplots(1, 2 if best else 1, figsize=(11 if best else 6, 4), squeeze=False)
-    if best:
-        _bars(axes[0, 0], results, LABELS[best], lambda m: m.get(best))
-        axes[0, 0].set_title("Generalisation: how well each policy does")
-    _bars(axes[0, -1], results, f"EAD {TITLES[scope]}", _diversity_of(scope, "ead"))
-    axes[0, -1].set_title("Diversity: how varied its outputs are")
-    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    return figure
-
-
-def _generalisation(results: Results) -> Any:
-    held = {k for splits in results["policies"].values() for m in splits.values() for k in m}
-    shown = [k for k in ("win_rate", "gold", "score", "length") if k in held]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 3.8), squeeze=False)
-    for ax, key in zip(axes[0], shown, strict=True):
-        _bars(ax, results, LABELS[key], lambda m, key=key: m.get(key))
-    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    return figure
-
-
-def _gap(results: Results) -> Any:
-    gaps = results["generalisation_gap"]
-    best = measure(results)
-    if not best or not any(best in e for splits in gaps.values() for e in splits.values()):
-        return None
-    figure, ax = plt.subplots(figsize=(7, 3.6))
-    _bars(ax, {"policies": gaps}, f"in- minus out-of-distribution,\n{LABELS[best]}", lambda m: m.get(best))
-    ax.axhline(0, color="grey", lw=1)
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def _diversity(results: Results) -> Any:
-    scopes = ("per_input", "across_input") if _scope(results) == "per_input" else ("across_input",)
-    metrics = ("ead", "distinct", "cosine")
-    figure, axes = plt.subplots(len(scopes), 3, figsize=(14, 3.7 * len(scopes)), squeeze=False)
-    for row, scope in zip(axes, scopes, strict=True):
-        for ax, metric in zip(row, metrics, strict=True):
-            _bars(ax, results, LABELS[metric], _diversity_of(scope, metric))
-            ax.set_title(TITLES[scope])
-    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    return figure
-
-
-def _tradeoff(results: Results) -> Any:
-    best, scope = measure(results), _scope(results)
-    if not best:
-        return None
-    figure, ax = plt.subplots(figsize=(7, 4.6))
-    markers = "osD^vP*Xh<>"
-    splits = _splits(results)
-    for p, found in enumerate(results["policies"].values()):
-        for split, m in found.items():
-            x, y = _diversity_of(scope, "ead")(m), m.get(best)
-            if x and y:
-                marker = markers[splits.index(split) % len(markers)]
-                ax.errorbar(
-                    x["mean"], y["mean"], _whiskers([y]), _whiskers([x]), fmt=marker, color=_colour(p), ms=6, lw=1
-                )
-    for p, policy in enumerate(results["policies"]):
-        ax.plot([], [], "o", color=_colour(p), label=name(policy))
-    for s, split in enumerate(splits):
-        ax.plot([], [], markers[s % len(markers)], color="grey", label=name(split))
-    ax.set_xlabel(f"EAD {TITLES[scope]}")
-    ax.set_ylabel(LABELS[best])
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def _curves(stage: str, rows: Sequence[Mapping[str, float]]) -> Any:
-    shown = [k for k in CURVES[stage] if any(f"{stage}/{k}" in r for r in rows)]
-    if not shown:
-        return None
-    columns = min(len(shown), 3)
-    lines = -(-len(shown) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
-    for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
-    for ax, key in zip(axes.flat, shown, strict=False):
-        points = [(r["step"], r[f"{stage}/{key}"]) for r in rows if f"{stage}/{key}" in r]
-        ax.plot(*zip(*points, strict=True), color=COLOURS[0], marker="." if len(points) < 30 else None)
-        ax.set_title(key.replace("_", " "))
-        ax.set_xlabel("step")
-    figure.tight_layout()
-    return figure
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks shows as boxes here and in full beside the figure.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()

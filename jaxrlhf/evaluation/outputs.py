@@ -62,14 +62,13 @@ def _read_file(path: Path) -> Answers:
     answers = Answers({}, {})
     for i, record in enumerate(records, 1):
         prompt, texts = _fields(path, i, record)
-        key = (prompt, seen[prompt])
-        seen[prompt] += 1
+        key = _key(path, i, prompt, seen)
         answers.dataset[key] = str(record.get("dataset") or "")
         answers.responses[key] = texts
     return answers
 
 
-def _fields(path: Path, i: int, record: dict[str, Any]) -> tuple[str, list[str]]:
+def _fields(path: Path, i: int, record: dict[str, Any]) -> tuple[Any, list[str]]:
     if "responses" in record:
         prompt, texts = record.get("prompt"), record["responses"]
     else:
@@ -81,28 +80,44 @@ def _fields(path: Path, i: int, record: dict[str, Any]) -> tuple[str, list[str]]
                 )
         prompt, texts = record["instruction"], record["output"]
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(prompt, str):
-        raise UserError(f"{path}, record {i}: the prompt must be a text, found {type(prompt).__name__}")
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise UserError(f"{path}, record {i}: the output must be a text or a list of texts")
     return prompt, texts
 
 
 def read_verdicts(paths: Sequence[Path]) -> list[tuple[str, float]]:
-    """(dataset, outcome) of each verdict: 1 the policy (output_2) wins, 0 the baseline (output_1), .5 a draw.
+    """(dataset, outcome) of each prompt with a verdict: 1 the policy (output_2) wins, 0 the baseline, .5 a draw.
 
-    A missing verdict (null) does not count.
+    A missing verdict (null) does not count. Several files are verdicts on several samples of the same prompts: a
+    prompt's outcome is their mean, as verdicts on one prompt are not independent of each other.
     """
-    outcomes = {1: 0.0, 2: 1.0, 1.5: 0.5, 0: 0.5}
-    found = []
+    dataset: dict[Key, str] = {}
+    outcomes: dict[Key, list[float]] = {}
     for path in paths:
-        for i, record in enumerate(read_records(path, ("preference",)), 1):
-            verdict = record["preference"]
-            if verdict is None:
-                continue
-            if isinstance(verdict, bool) or verdict not in outcomes:
-                raise UserError(f"{path}, record {i}: preference is {verdict!r}; known are 1, 2, 1.5, 0 and null")
-            found.append((str(record.get("dataset") or ""), outcomes[verdict]))
-    if not found:
+        seen: Counter[str] = Counter()
+        for i, record in enumerate(read_records(path, ("instruction", "preference")), 1):
+            key = _key(path, i, record["instruction"], seen)
+            if record["preference"] is not None:
+                dataset.setdefault(key, str(record.get("dataset") or ""))
+                outcomes.setdefault(key, []).append(_outcome(path, i, record["preference"]))
+    if not outcomes:
         raise UserError(f"{', '.join(map(str, paths))}: no verdict in it")
-    return found
+    return [(dataset[key], sum(found) / len(found)) for key, found in outcomes.items()]
+
+
+def _outcome(path: Path, i: int, preference: Any) -> float:
+    """AlpacaEval 2's judges also give numbers between 1 and 2: one more than the chance that output_2 is better."""
+    number = isinstance(preference, int | float) and not isinstance(preference, bool)
+    if not number or not (preference == 0 or 1 <= preference <= 2):
+        raise UserError(
+            f"{path}, record {i}: preference is {preference!r}; known are 1 (output_1 is better) to 2 (output_2 is), "
+            "0 (a draw) and null (no verdict)"
+        )
+    return 0.5 if preference == 0 else preference - 1.0
+
+
+def _key(path: Path, i: int, prompt: Any, seen: Counter[str]) -> Key:
+    if not isinstance(prompt, str):
+        raise UserError(f"{path}, record {i}: the prompt must be a text, found {type(prompt).__name__}")
+    seen[prompt] += 1
+    return prompt, seen[prompt] - 1

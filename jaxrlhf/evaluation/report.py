@@ -3,176 +3,289 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from jaxrlhf.evaluation import figures
+from jaxrlhf.evaluation import figures, findings
+from jaxrlhf.evaluation.figures import Estimate, visible
+from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
-SHOWN_PROMPTS, SHOWN_RESPONSES = 3, 2
-Estimate = Mapping[str, float]
+STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
+SHOWN_PROMPTS, SHOWN_RESPONSES, SHOWN_LETTERS = 3, 2, 20_000
+TASKS = {"world": "the embedded world: generated forum posts to summarise", "files": "texts from files"}
+JUDGES = {
+    "gold": "the gold judge, which knows the truth",
+    "reward": "the reward model trained here; PPO was trained against it, so its verdicts flatter PPO",
+    "annotations": "the annotations given",
+}
+# What was run, as far as the config says it.
+FACTS = (
+    ("model", "{model.family} family, {model.layers} layers of width {model.width}, {model.heads} heads"),
+    ("frozen", "a share of {model.freeze_layers} of the layers, from the bottom, with embeddings and output head"),
+    ("SFT", "{sft.loop.steps} steps of {sft.batch_size} demonstrations, learning rate {sft.optim.lr}"),
+    ("reward model", "{reward.loop.steps} steps of {reward.batch_size} pairs, learning rate {reward.optim.lr}"),
+    (
+        "PPO",
+        "{ppo.loop.steps} steps of {ppo.batch_size} prompts, {ppo.epochs} epochs each, learning rate {ppo.optim.lr}, "
+        "KL coefficient {ppo.kl_coef}",
+    ),
+    ("sampling", "{sampling.samples_per_prompt} responses a prompt at temperature {sampling.temperature}"),
+    ("seed", "{seed}"),
+    ("outputs", "{outputs}"),
+    ("reference", "{reference}"),
+    ("annotations", "{annotations}"),
+)
 
 
 def write_report(workdir: Path) -> Path:
     """Draws `report/index.html` and `report/figures/*.png` from what the workdir holds; returns the page's path.
 
+    Only results.json is needed; the page says what else is missing.
+
     Raises:
-      UserError: there are no results to show.
+      UserError: there are no results to show, or a file of the workdir does not parse.
     """
-    if not (workdir / "results.json").exists():
-        raise UserError(f"{workdir}/results.json: no such file; run `jaxrlhf evaluate --workdir={workdir} …` first")
-    results = read_json(workdir / "results.json")
-    summaries = {s: read_json(p) for s in (*STAGES, "samples") if (p := workdir / s / "summary.json").exists()}
-    metrics = {s: read_records(p) for s in STAGES if (p := workdir / s / "metrics.jsonl").exists()}
-    drawn = figures.draw(results, metrics, workdir / "report" / "figures")
-    template = jinja2.Environment(
+    found = read_results(workdir)
+    config = found.results["config"] or _json(workdir / "config.json")
+    summaries = {s: _json(workdir / s / "summary.json") for s in (*STAGES, "samples")}
+    metrics = {s: read_records(p, ("step",)) for s in STAGES if (p := workdir / s / "metrics.jsonl").exists()}
+    accuracy = _accuracy(summaries["reward"])
+    curves = {STAGES[s]: list(figures.curves(s, rows)) for s, rows in metrics.items()}
+    pictures = _pictures(found, accuracy) | {n: png for drawn in curves.values() for n, _, png in drawn}
+    context = {
+        "title": config.get("name", "outputs"),
+        "facts": list(_facts(found, config)),
+        "config": list(_flat(config)),
+        "truncated": [(s, k, n) for s, m in summaries.items() for k, n in m.get("truncated", {}).items()],
+        "said": findings.sentences(found),
+        "tables": [(p, findings.series(found, p)) for p in (findings.performance(found), findings.variety(found)) if p],
+        "curves": {s: [(n, title) for n, title, _ in drawn] for s, drawn in curves.items() if drawn},
+        "accuracy": accuracy,
+        "samples": list(_samples(workdir, found)),
+        "decided": list(_decided(found)),
+        "pairs": findings.pairs(found),
+        "counts": list(_counts(found)),
+        "rows": list(_rows(found)),
+    }
+    context["absent"] = list(_absent(found, context))
+    _write_pictures(workdir / "report" / "figures", pictures)
+    images = {n: base64.b64encode(png).decode() for n, png in pictures.items()}
+    page = _template().render(found=found, images=images, letters=SHOWN_LETTERS, **context)
+    write_text(workdir / "report" / "index.html", page)
+    return workdir / "report" / "index.html"
+
+
+def read_results(workdir: Path) -> Found:
+    """The workdir's results.json, with what it may lack filled in as empty; `UserError` if it is not one."""
+    path = workdir / "results.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `jaxrlhf evaluate --workdir={workdir} …` first")
+    read = read_json(path)
+    policies: Any = read.get("policies") if isinstance(read, dict) else None
+    measured: list[Any] = list(policies.values()) if isinstance(policies, dict) else []
+    if not measured or not all(isinstance(s, dict) and all(isinstance(m, dict) for m in s.values()) for s in measured):
+        raise UserError(f"{path}: no policies in it; `jaxrlhf evaluate` writes it anew")
+    empty = {"config": {}, "sampling": {}, "generalisation_gap": {}, "comparisons": [], "task": "", "judge": ""}
+    results = empty | read
+    n = results["sampling"].get("bon", {}).get("best_of", "N")
+    known = {"sft": "SFT", "bon": f"best-of-{n}", "ppo": "PPO"}
+    held = dict.fromkeys(s for splits in measured for s in splits)
+    ordered = [s for s in ("id", ALL) if s in held] + [s for s in held if s not in ("id", ALL)]
+    return Found(
+        results=results,
+        looks=figures.looks({str(p): known.get(p) or str(p) for p in policies}),
+        splits={s: findings.split_label(s) for s in ordered},
+        places=list(dict.fromkeys(p for splits in measured for m in splits.values() for p, _ in findings.walk(m))),
+    )
+
+
+def _json(path: Path) -> Any:
+    return read_json(path) if path.exists() else {}
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("report.html.j2")
-    page = template.render(
-        results=results,
-        title=results["config"].get("name", "outputs"),
-        run=list(_what_was_run(results)),
-        headline=list(headline(results)),
-        figures={n: base64.b64encode(p.read_bytes()).decode() for n, p in drawn.items()},
-        curves=[n for n in drawn if n.startswith("training_")],
-        best=figures.LABELS.get(figures.measure(results) or ""),
-        accuracy=summaries.get("reward", {}).get("accuracy", {}),
-        gold_accuracy=summaries.get("reward", {}).get("gold_accuracy", {}),
-        truncated=list(_truncated(summaries)),
-        samples=list(_samples(workdir, list(results["policies"]))),
-        rows=list(_rows(results)),
-        name=figures.name,
+        # Whatever the page shows passes here, and is escaped after it.
+        finalize=lambda value: visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
     )
-    write_text(workdir / "report" / "index.html", page)
-    return workdir / "report" / "index.html"
-
-
-def headline(results: Mapping[str, Any]) -> Iterator[str]:
-    """What the numbers say, in sentences, and no more than their intervals support."""
-    policies, best, scope = results["policies"], figures.measure(results), figures._scope(results)
-    baseline = "sft" if "sft" in policies else next(iter(policies))
-    for policy in policies:
-        if policy == baseline:
-            continue
-        shared = [s for s in policies[baseline] if s in policies[policy]]
-        if best is not None:
-            pairs = [(s, policies[policy][s].get(best), policies[baseline][s].get(best)) for s in shared]
-            yield from _verdict(policy, baseline, figures.LABELS[best], pairs, "does better", "does worse")
-        pick = figures._diversity_of(scope, "ead")
-        pairs = [(s, pick(policies[policy][s]), pick(policies[baseline][s])) for s in shared]
-        label = f"EAD {figures.TITLES[scope]}"
-        yield from _verdict(policy, baseline, label, pairs, "is more diverse", "is less diverse")
-    for policy, splits in results["generalisation_gap"].items():
-        known = [(s, e[best]) for s, e in splits.items() if best and best in e]
-        if known and best:
-            worse = [figures.name(s) for s, e in known if e["low"] > 0]
-            yield (
-                f"{figures.name(policy)} loses ground out of distribution on {len(worse)} of {len(known)} splits"
-                f"{': ' + ', '.join(worse) if worse else ''} ({figures.LABELS[best]}, interval of the gap above 0)."
-            )
-
-
-def _verdict(policy: str, baseline: str, label: str, pairs: Sequence[tuple], more: str, less: str) -> Iterator[str]:
-    pairs = [(s, a, b) for s, a, b in pairs if a and b]
-    if not pairs:
-        return
-    above = [figures.name(s) for s, a, b in pairs if a["low"] > b["high"]]
-    below = [figures.name(s) for s, a, b in pairs if a["high"] < b["low"]]
-    said = [
-        f"{verb} than {figures.name(baseline)} on {', '.join(on)}" for verb, on in ((more, above), (less, below)) if on
-    ]
-    open_ = len(pairs) - len(above) - len(below)
-    if not said:
-        both = f"{figures.name(policy)} and {figures.name(baseline)}"
-        yield f"By {label}, {both} are not told apart on any of {len(pairs)} splits."
-        return
-    rest = f"; undecided on {open_} of {len(pairs)} splits" if open_ else ""
-    yield f"By {label}, {figures.name(policy)} {' and '.join(said)}{rest}."
-
-
-def _what_was_run(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    c = results["config"]
-    if "model" not in c:
-        for key, value in c.items():
-            yield key, ", ".join(value) if isinstance(value, list) else str(value)
-        return
-    m = c["model"]
-    yield "task", {"world": "the embedded world: forum posts to summarise", "files": "real text files"}[c["task"]]
-    yield "model", f"{m['family']}, {m['layers']} layers of width {m['width']}; {m['freeze_layers']:.0%} of them frozen"
-    yield "base", "trained from scratch" if c["pretrain"]["init"] == "scratch" else f"shipped ({c['pretrain']['init']})"
-    yield "steps", ", ".join(f"{s} {c[s]['loop']['steps']}" for s in STAGES if s != "pretrain")
-    yield (
-        "PPO",
-        f"KL coefficient {c['ppo']['kl_coef']} ({c['ppo']['kl_estimator']}), batches of {c['ppo']['batch_size']}",
-    )
-    s = c["sampling"]
-    yield "sampling", f"{s['samples_per_prompt']} samples a prompt at temperature {s['temperature']}"
-    yield "best-of-N", f"N = {s['best_of']}, drawn again and again from a pool of {s['pool']} SFT samples a prompt"
-    judge = {
-        "gold": "the gold judge, which knows the truth",
-        "reward": "the reward model trained here, which flatters PPO",
+    environment.filters |= {
+        "number": findings.number,
+        "estimate": findings.estimate,
+        "measure": figures.label,
+        "split": findings.split_label,
     }
-    yield "judge of win rates", judge[results["judge"]]
-    yield "seed", str(c["seed"])
+    return environment.get_template("report.html.j2")
 
 
-def _truncated(summaries: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
-    for stage, summary in summaries.items():
-        for split, count in summary.get("truncated", {}).items():
-            if count:
-                yield stage, split, count
+def _write_pictures(folder: Path, pictures: Mapping[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        if old.stem not in pictures:
+            old.unlink()
+    for name, png in pictures.items():
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(png)
+        partial.replace(folder / f"{name}.png")
 
 
-def _samples(workdir: Path, policies: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The first prompts of each split, with each policy's first responses side by side."""
-    folder = workdir / "samples"
-    found = [p for p in policies if p in ("sft", "bon", "ppo") and (folder / p).is_dir()]
-    if not found:
-        return
-    splits = sorted((p.stem for p in (folder / found[0]).glob("*.jsonl")), key=lambda s: (s != "id", s))
-    for split in splits:
-        rows = {p: read_records(folder / p / f"{split}.jsonl")[:SHOWN_PROMPTS] for p in found}
-        for i, record in enumerate(rows[found[0]]):
-            yield {
-                "split": split,
-                "prompt": _visible(record["prompt"]),
-                "reference": _visible(record["reference"]),
-                "answers": [(p, list(_answers(rows[p][i]))) for p in found],
-            }
+def _pictures(found: Found, accuracy: Mapping[str, Mapping[str, Estimate]]) -> dict[str, bytes]:
+    """Every figure that the numbers allow; a name tells the template where it goes."""
+    looks, splits = found.looks, found.splits
+    best, varied = findings.performance(found), findings.variety(found)
+    titles = [("Generalisation", best), ("Diversity", varied)]
+    panels = [(title, findings.series(found, place), place) for title, place in titles if place]
+    pictures = {}
+    if panels:
+        pictures["headline"] = figures.headline(panels, looks, splits, wide=True)
+        pictures["headline_narrow"] = figures.headline(panels, looks, splits, wide=False)
+    for i, place in enumerate(found.places):
+        pictures[_named(place, i)] = figures.by_split(findings.series(found, place), looks, splits, place)
+    far = {s: t for s, t in splits.items() if s not in ("id", ALL)}
+    for place in findings.PERFORMANCE:
+        if gaps := findings.gaps(found, place):
+            pictures[f"gap_{place[0]}"] = figures.by_split(gaps, looks, far, place, zero="gap in ")
+    if heads := findings.heads(found):
+        named = {f"{looks[a].label} against {looks[b].label}": held for (a, b), held in heads.items()}
+        pictures["heads"] = figures.shares(named, splits, "share of comparisons won by the first", "even")
+    if best and varied:
+        x, y = findings.series(found, varied), findings.series(found, best)
+        points = {p: {s: (x[p][s], y[p][s]) for s in y[p] if s in x[p]} for p in y if p in x}
+        pictures["tradeoff"] = figures.tradeoff(points, looks, splits, figures.label(varied), figures.label(best))
+    if accuracy:
+        rows = {s: findings.split_label(s) for held in accuracy.values() for s in held}
+        pictures["accuracy"] = figures.shares(accuracy, rows, "share of pairs ranked as the judge does", "chance")
+    return pictures
+
+
+def _named(place: findings.Place, i: int) -> str:
+    """A picture's name, never made from what a file calls a measure."""
+    if place in figures.LABELS:
+        return f"measure_{place[0]}"
+    if len(place) == 3 and place[0] == "diversity" and place[1] in figures.SCOPES and place[2] in figures.METRICS:
+        return f"{place[1]}_{place[2]}"
+    return f"other_{i}"
+
+
+def _accuracy(summary: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+    """Judge -> split -> how often the reward model agrees with it."""
+    judges = {"the annotators": "accuracy", "the gold judge": "gold_accuracy"}
+    return {judge: summary[key] for judge, key in judges.items() if summary.get(key)}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    results, flat = found.results, dict(_flat(config))
+    if results["task"] and results["task"] != "outputs":
+        yield "task", TASKS.get(results["task"], str(results["task"]))
+    if "pretrain.init" in flat:
+        scratch = f"trained from scratch, {flat['pretrain.loop.steps']} steps"
+        yield "base", scratch if flat["pretrain.init"] == "scratch" else f"{flat['pretrain.init']}, shipped"
+    for fact, text in FACTS:
+        keys = re.findall(r"\{(.*?)\}", text)
+        if all(flat.get(key) for key in keys):
+            yield fact, re.sub(r"\{(.*?)\}", lambda match: flat[match[1]], text)
+    bon = results["sampling"].get("bon", {})
+    if {"best_of", "pool"} <= bon.keys():
+        text = f"the highest-scored of {bon['best_of']} SFT samples, drawn again and again from a pool of {bon['pool']}"
+        yield "best-of-N", f"{text} samples a prompt"
+    if results["judge"]:
+        yield "judge of win rates", JUDGES.get(results["judge"], str(results["judge"]))
+    if flat.get("paper_compat", flat.get("evaluation.paper_compat")) == "True":
+        yield "metrics", "as the paper's released code computes them (paper_compat)"
+
+
+def _samples(workdir: Path, found: Found) -> Iterator[dict[str, Any]]:
+    """The first prompts of each split, with each policy's first responses side by side.
+
+    Files are found by listing, never by a name that results.json gives.
+    """
+    listed = {p.name: p for p in sorted((workdir / "samples").glob("*")) if p.is_dir()}
+    files = {p: {f.stem: f for f in sorted(listed[p].glob("*.jsonl"))} for p in found.looks if p in listed}
+    for split in found.splits:
+        rows = {p: read_records(f[split], ("id", "prompt", "responses")) for p, f in files.items() if split in f}
+        by_id = {p: {r["id"]: r for r in records} for p, records in rows.items()}
+        for first in next(iter(rows.values()), [])[:SHOWN_PROMPTS]:
+            held = {p: known[first["id"]] for p, known in by_id.items() if first["id"] in known}
+            answers = {p: list(_answers(r)) for p, r in held.items()}
+            yield {"split": split, "prompt": first["prompt"], "reference": first.get("reference"), "answers": answers}
 
 
 def _answers(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for j, text in enumerate(record["responses"][:SHOWN_RESPONSES]):
-        gold = record["gold"][j] if "gold" in record else None
-        yield {"text": _visible(text), "score": record["scores"][j], "gold": gold}
+    for i, text in enumerate(record["responses"][:SHOWN_RESPONSES]):
+        numbers = {name: record[key][i] for name, key in (("score", "scores"), ("gold", "gold")) if key in record}
+        yield {"text": text, "numbers": numbers}
 
 
-def _visible(text: str) -> str:
-    """Control characters shown as pictures of themselves, so that nothing hides in a text."""
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+def _decided(found: Found) -> Iterator[tuple[str, list[findings.Verdict]]]:
+    """Of each measure, its verdict on each pair of policies."""
+    for place in found.places:
+        held = findings.series(found, place)
+        yield (
+            figures.label(place),
+            [findings.compare(held.get(a, {}), held.get(b, {})) for a, b in findings.pairs(found)],
+        )
 
 
-def _rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Estimate]]:
+def _counts(found: Found) -> Iterator[tuple[str, str, int, int]]:
+    for policy, splits in found.results["policies"].items():
+        for split in found.splits:
+            m = splits.get(split, {})
+            if "n_prompts" in m:
+                yield policy, split, m["n_prompts"], m.get("samples_per_prompt", 1)
+
+
+def _rows(found: Found) -> Iterator[tuple[str, str, str, Estimate]]:
     """Every estimate of results.json: (policy, split, what, estimate)."""
-    for policy, splits in results["policies"].items():
-        for split, m in splits.items():
-            for key in ("win_rate", "gold", "score", "length"):
-                if key in m:
-                    yield policy, split, figures.LABELS[key], m[key]
-            for scope, found in m["diversity"].items():
-                for metric, e in found.items():
-                    yield policy, split, f"{figures.LABELS.get(metric, metric)} {figures.TITLES[scope]}", e
-    for policy, splits in results["generalisation_gap"].items():
-        for split, found in splits.items():
-            for key, e in found.items():
-                yield policy, split, f"gap in {figures.LABELS[key]}", e
-    for c in results["comparisons"]:
-        yield c["a"], c["split"], f"wins against {figures.name(c['b'])}", c["win_rate"]
+    for policy, splits in found.results["policies"].items():
+        for split, measured in splits.items():
+            for place, e in findings.walk(measured):
+                yield policy, split, figures.label(place), e
+    for policy, splits in found.results["generalisation_gap"].items():
+        for split, measured in splits.items():
+            for place, e in findings.walk(measured):
+                yield policy, split, f"gap in {figures.label(place)}", e
+    for c in found.results["comparisons"]:
+        other = found.looks[c["b"]].label if c["b"] in found.looks else c["b"]
+        yield c["a"], c["split"], f"wins against {other}", c["win_rate"]
+
+
+def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
+    """What this page would show, and why it does not."""
+    if ("win_rate",) not in found.places:
+        yield "Win rates: nothing compared the outputs with a reference."
+    if ("gold",) not in found.places:
+        yield "Gold reward: only a task that knows the truth has one."
+    if ("score",) not in found.places:
+        yield "Scores: no reward model scored the outputs."
+    if not any(p[:2] == ("diversity", "per_input") for p in found.places):
+        yield "Per-input diversity: it takes several responses to each prompt."
+    if not found.results["generalisation_gap"]:
+        yield "Generalisation gap: no split is marked as in-distribution."
+    if not found.results["comparisons"]:
+        yield "Head-to-head win rates: results.json has no comparisons."
+    if not shown["config"]:
+        yield "Configuration: neither results.json nor config.json has one."
+    stages: Sequence[str] = [title for title in STAGES.values() if title not in shown["curves"]]
+    if stages:
+        yield f"Training curves ({', '.join(stages)}): no metrics.jsonl there."
+    if not shown["accuracy"]:
+        yield "Accuracy of the reward model: no reward/summary.json that has it."
+    if not shown["samples"]:
+        yield "Sample outputs: no samples/<policy>/<split>.jsonl."

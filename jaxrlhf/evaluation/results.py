@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 POLICIES = ("sft", "bon", "ppo")
+LIMITS = {"ead": (0.0, math.inf), "distinct": (0.0, 1.0), "cosine": (0.0, 1.0)}
 
 
 def evaluate_outputs(
@@ -31,19 +33,17 @@ def evaluate_outputs(
 ) -> dict[str, Any]:
     """Measures outputs from files, `name=path` each, and writes `results.json`; see `outputs.py` for the formats."""
     answers, verdicts = _read(outputs, reference, annotations, log)
-    policies: dict[str, dict[str, Any]] = {}
-    for name, found in answers.items():
-        policies[name] = {}
-        for split in _splits(found.dataset.values()):
-            keys = [k for k, d in found.dataset.items() if split in ("all", d)]
-            texts = [found.responses[k] for k in keys]
-            measured: dict[str, Any] = {"n_prompts": len(texts), "samples_per_prompt": len(texts[0])}
-            judged = [o for d, o in verdicts.get(name, ()) if split in ("all", d)]
-            if judged:
-                measured["win_rate"] = win_rate(np.array(judged), resamples)
-            measured["length"] = mean_estimate(_lengths(texts), resamples)
-            measured["diversity"] = measure_diversity(texts, paper_compat, resamples, f"{name}, {split}")
-            policies[name][split] = measured
+    policies: dict[str, dict[str, Any]] = {name: {} for name in answers}
+    for name, split in _bar([(n, s) for n, found in answers.items() for s in _splits(found.dataset.values())]):
+        found = answers[name]
+        texts = [found.responses[k] for k, d in found.dataset.items() if split in ("all", d)]
+        measured: dict[str, Any] = {"n_prompts": len(texts), "samples_per_prompt": len(texts[0])}
+        judged = [o for d, o in verdicts.get(name, ()) if split in ("all", d)]
+        if judged:
+            measured["win_rate"] = win_rate(np.array(judged), resamples)
+        measured["length"] = mean_estimate(_lengths(texts), resamples)
+        measured["diversity"] = measure_diversity(texts, paper_compat, resamples)
+        policies[name][split] = measured
     found = {
         "schema": 1,
         "task": "outputs",
@@ -67,22 +67,21 @@ def evaluate_outputs(
 def evaluate_samples(workdir: Path, config: Experiment, log: Log) -> dict[str, Any]:
     """Measures `samples/<policy>/<split>.jsonl` of a recipe's workdir and writes `results.json`."""
     judge = config.evaluation.judge
-    key = {"gold": "gold", "reward": "score"}[judge]
     resamples = config.evaluation.bootstrap
     numbers: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     judged: dict[str, dict[str, np.ndarray]] = {}
     policies: dict[str, dict[str, Any]] = {}
-    for policy, splits in _read_samples(workdir).items():
-        numbers[policy], judged[policy], policies[policy] = {}, {}, {}
-        for split, records in splits.items():
-            values, judged[policy][split] = _numbers(records, key)
-            numbers[policy][split] = values
-            texts = [r["responses"] for r in records]
-            measured: dict[str, Any] = {"n_prompts": len(texts), "samples_per_prompt": len(texts[0])}
-            measured |= generalisation.estimates(values, resamples)
-            title = f"{policy}, {split}"
-            measured["diversity"] = measure_diversity(texts, config.evaluation.paper_compat, resamples, title)
-            policies[policy][split] = measured
+    samples = _read_samples(workdir)
+    for policy, split in _bar([(p, s) for p, splits in samples.items() for s in splits]):
+        records = samples[policy][split]
+        values, values_BN = _numbers(records, judge)
+        numbers.setdefault(policy, {})[split] = values
+        judged.setdefault(policy, {})[split] = values_BN
+        texts = [r["responses"] for r in records]
+        measured: dict[str, Any] = {"n_prompts": len(texts), "samples_per_prompt": len(texts[0])}
+        measured |= generalisation.estimates(values, resamples)
+        measured["diversity"] = measure_diversity(texts, config.evaluation.paper_compat, resamples)
+        policies.setdefault(policy, {})[split] = measured
     found = {
         "schema": 1,
         "task": config.task,
@@ -98,15 +97,17 @@ def evaluate_samples(workdir: Path, config: Experiment, log: Log) -> dict[str, A
 
 
 def measure_diversity(
-    texts: Sequence[Sequence[str]], paper_compat: bool, resamples: int, title: str
+    texts: Sequence[Sequence[str]], paper_compat: bool, resamples: int
 ) -> dict[str, dict[str, Estimate]]:
     """Per-input (where prompts have several responses) and across-input diversity by every metric."""
-    bar = tqdm(texts, desc=f"diversity of {title}", leave=False, delay=2)
-    grams = [[diversity.ngrams(t, paper_compat) for t in responses] for responses in bar]
+    prompts, samples = len(texts), len(texts[0])
+    grams = diversity.count([t for responses in texts for t in responses], paper_compat)
     found: dict[str, dict[str, Estimate]] = {}
-    if len(texts[0]) > 1:
-        found["per_input"] = {k: mean_estimate(v, resamples) for k, v in diversity.per_input(grams).items()}
-    found["across_input"] = {k: jackknife(*v) for k, v in diversity.across_input(grams).items()}
+    if samples > 1:
+        of_prompts = diversity.per_input(grams, prompts, samples)
+        found["per_input"] = {k: mean_estimate(v, resamples) for k, v in of_prompts.items()}
+    of_sets = diversity.across_input(grams, prompts, samples)
+    found["across_input"] = {k: jackknife(*v, LIMITS[k]) for k, v in of_sets.items()}
     return found
 
 
@@ -144,6 +145,14 @@ def _read(
     return answers, verdicts
 
 
+def _bar(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Policies and splits, with a bar on standard error where they take more than two seconds."""
+    bar = tqdm(jobs, leave=False, delay=2, mininterval=1)
+    for job in bar:
+        bar.set_description("measuring " + ", ".join(job), refresh=False)
+        yield job
+
+
 def _splits(datasets: Iterable[str]) -> list[str]:
     return ["all", *sorted({d for d in datasets if d and d != "all"})]
 
@@ -158,17 +167,41 @@ def _read_samples(workdir: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         paths = {p.stem: p for p in (workdir / "samples" / policy).glob("*.jsonl")}
         order = [s for s in ("id",) if s in paths] + sorted(s for s in paths if s != "id")
         if paths:
-            found[policy] = {s: read_records(paths[s], ("id", "prompt", "responses", "scores")) for s in order}
+            found[policy] = {s: _read_split(paths[s]) for s in order}
     if not found:
         raise UserError(f"{workdir}/samples holds no samples; run `jaxrlhf sample` first")
+    # Head to head, record b of one policy stands against record b of the other.
+    first: dict[str, tuple[str, list[Any]]] = {}
+    for policy, splits in found.items():
+        for split, records in splits.items():
+            other, ids = first.setdefault(split, (policy, [r["id"] for r in records]))
+            if ids != [r["id"] for r in records]:
+                raise UserError(
+                    f"{workdir}/samples/{policy}/{split}.jsonl: its ids are not those of {other}/{split}.jsonl; "
+                    f"delete it and run `jaxrlhf sample` again"
+                )
     return found
 
 
-def _numbers(records: Sequence[Mapping[str, Any]], key: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _read_split(path: Path) -> list[dict[str, Any]]:
+    records = read_records(path, ("id", "prompt", "responses", "scores"))
+    if not records:
+        raise UserError(f"{path}: holds no record; delete it and run `jaxrlhf sample` again")
+    n = len(records[0]["responses"])
+    for i, record in enumerate(records, 1):
+        for field in ("responses", "scores", "gold"):
+            if field in record and (not n or len(record[field]) != n):
+                raise UserError(
+                    f"{path}, record {i}: {len(record[field])} {field}; must be {max(n, 1)}, as in record 1"
+                )
+    return records
+
+
+def _numbers(records: Sequence[Mapping[str, Any]], judge: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Each prompt's numbers, and the judge's value of each of its responses [B, N]."""
-    columns = {"score": "scores", "gold": "gold"}
+    columns, key = {"score": "scores", "gold": "gold"}, {"reward": "score", "gold": "gold"}[judge]
     if any(columns[key] not in r for r in records):
-        raise UserError(f"config.evaluation.judge: samples have no field {columns[key]!r} to judge by")
+        raise UserError(f"config.evaluation.judge={judge!r}: samples have no field {columns[key]!r} to judge by")
     judged_BN = np.array([r[columns[key]] for r in records], np.float64)
     values = {}
     # A prompt without a reference response has none to win against.

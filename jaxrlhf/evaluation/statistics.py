@@ -13,11 +13,14 @@ Z = 1.959963984540054  # 97.5 % point of the normal distribution
 def mean_estimate(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean of independent items with its percentile bootstrap interval (Efron 1979): {"mean", "low", "high", "n"}.
 
-    The same seed resamples the same items, so that two policies' intervals over the same prompts move together.
+    The same seed resamples the same items, so that two policies' intervals over the same prompts move together; the
+    estimate of a paired difference is that of the items' own differences. A single item has an interval of no width.
     """
     values = np.asarray(values, np.float64)
+    mean = float(values.mean())
     low, high = np.quantile(_resampled_means(values, resamples, seed), [0.025, 0.975])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+    # Rounding can put the mean of constant items beside the means of their resamples.
+    return {"mean": mean, "low": min(float(low), mean), "high": max(float(high), mean), "n": len(values)}
 
 
 def difference_estimate(a: np.ndarray, b: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
@@ -31,7 +34,7 @@ def difference_estimate(a: np.ndarray, b: np.ndarray, resamples: int = 2000, see
 def win_rate(outcomes: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean outcome in [0, 1] (win 1, draw .5, loss 0) with its standard error, sd(ddof=1) / sqrt(n), as `alpaca_eval`.
 
-    The interval is Wilson's where every outcome is a win or a loss, else bootstrapped over items.
+    The interval is Wilson's where every outcome is a win or a loss, else bootstrapped over items. One item has se 0.
     """
     outcomes = np.asarray(outcomes, np.float64)
     n = len(outcomes)
@@ -52,15 +55,28 @@ def wilson(wins: int, n: int) -> Estimate:
     return {"mean": p, "low": max(0.0, min(centre - half, p)), "high": min(1.0, max(centre + half, p)), "n": n}
 
 
-def jackknife(whole: float, without: np.ndarray) -> Estimate:
+def jackknife(whole: float, without: np.ndarray, limits: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
     """A statistic of a set, from its value on the whole set and without each item: whole +- z * jackknife error.
 
+    `limits` are the least and the greatest value that the statistic can take. Below a finite greatest value the
+    interval is symmetric in log(greatest - statistic): close to it a statistic is skewed, and a symmetric interval of
+    the 3-gram cosine of real outputs holds the truth 80 to 90 % of the time. No width is left where every value is the
+    same: two texts, or texts with nothing in common.
+
     The bootstrap would repeat items, and a set with repeats is less diverse, whatever it was drawn from; leaving one
-    out has no such bias, and its variance errs upwards (Efron & Stein 1981).
+    out has no such bias, and its variance errs upwards (Efron & Stein 1981). As any interval from a sample alone, it is
+    too short where a rare item decides the statistic, such as the one output in 800 that repeats itself for ever.
     """
     n = len(without)
     spread = Z * math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum())) if n > 1 else 0.0
-    return {"mean": whole, "low": whole - spread, "high": whole + spread, "n": n}
+    least, greatest = limits
+    room = greatest - whole
+    if 0 < room < math.inf:
+        factor = math.exp(min(spread / room, 100.0))
+        low, high = greatest - room * factor, greatest - room / factor
+    else:
+        low, high = whole - spread, whole + spread
+    return {"mean": whole, "low": max(min(low, whole), least), "high": min(max(high, whole), greatest), "n": n}
 
 
 def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -1,0 +1,249 @@
+"""What the numbers of results.json say, in sentences, and no more than their intervals support."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxrlhf.evaluation.figures import METRICS, SCOPES, Estimate, Look, label
+
+Place = tuple[str, ...]  # where an estimate lies within a policy's split: ("win_rate",), ("diversity", scope, metric)
+BySplit = Mapping[str, Estimate]
+SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length"}
+PERFORMANCE: tuple[Place, ...] = (("win_rate",), ("gold",), ("score",))  # the first that is there speaks for it
+ALL = "all"  # the split that holds all others
+
+
+class Found(NamedTuple):
+    """What results.json holds, and what its policies and splits are called on the page."""
+
+    results: Mapping[str, Any]
+    looks: dict[str, Look]
+    splits: dict[str, str]  # split -> label, in the order of the page
+    places: list[Place]  # what was measured
+
+
+class Verdict(NamedTuple):
+    """Splits on which one estimate's interval lies wholly above the other's, wholly below it, or neither."""
+
+    above: tuple[str, ...]
+    below: tuple[str, ...]
+    undecided: tuple[str, ...]
+
+
+class Words(NamedTuple):
+    """How a verdict reads: "{subject} {more} on 2 of 5 splits", or less, or "{same} on any of them"."""
+
+    subject: str
+    more: str
+    less: str
+    same: str
+
+
+def compare(a: BySplit, b: BySplit) -> Verdict:
+    """The verdict on a against b, over the splits of both; one item alone has no interval and decides nothing."""
+    shared = [s for s in a if s in b]
+    known = [s for s in shared if 1 not in (a[s]["n"], b[s]["n"])]
+    above = tuple(s for s in known if a[s]["low"] > b[s]["high"])
+    below = tuple(s for s in known if a[s]["high"] < b[s]["low"])
+    return Verdict(above, below, tuple(s for s in shared if s not in above + below))
+
+
+def walk(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Estimate]]:
+    """Every estimate in a tree of objects, with where it lies."""
+    if isinstance(tree, Mapping):
+        if {"mean", "low", "high", "n"} <= tree.keys():
+            yield place, tree
+        else:
+            for key, value in tree.items():
+                yield from walk(value, (*place, key))
+
+
+def series(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
+    """Policy -> split -> what was measured at `place`, without what was not measured."""
+    held = {
+        policy: {s: e for s in found.splits if s in splits for p, e in walk(splits[s]) if p == place}
+        for policy, splits in found.results["policies"].items()
+    }
+    return {policy: splits for policy, splits in held.items() if splits}
+
+
+def gaps(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
+    """Policy -> split -> in-distribution minus that split."""
+    held = {
+        policy: {s: e for s in found.splits if s in splits for p, e in walk(splits[s]) if p == place}
+        for policy, splits in found.results["generalisation_gap"].items()
+        if policy in found.looks
+    }
+    return {policy: splits for policy, splits in held.items() if splits}
+
+
+def heads(found: Found) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """(a, b) -> split -> how often a's response is judged better than b's."""
+    held: dict[tuple[str, str], dict[str, Estimate]] = {}
+    for c in found.results["comparisons"]:
+        if {c["a"], c["b"]} <= found.looks.keys() and c["split"] in found.splits:
+            held.setdefault((c["a"], c["b"]), {})[c["split"]] = c["win_rate"]
+    return held
+
+
+def performance(found: Found) -> Place | None:
+    """What speaks for generalisation: the win rate, else the gold reward, else the score."""
+    return next((p for p in PERFORMANCE if p in found.places), None)
+
+
+def split_label(split: str) -> str:
+    """What a split is called on the page."""
+    return "in-distribution" if split == "id" else split.removeprefix("ood_") or split
+
+
+def diversities(found: Found) -> list[Place]:
+    """Every measure of diversity that was taken."""
+    return [p for p in found.places if p[0] == "diversity" and len(p) == 3]
+
+
+def variety(found: Found) -> Place | None:
+    """What speaks for diversity: per input where prompts have several responses, and EAD where it is there."""
+    held = diversities(found)
+    return min(held, key=lambda p: (p[1] != "per_input", p[2] != "ead"), default=None)
+
+
+def pairs(found: Found) -> list[tuple[str, str]]:
+    """Each policy beside SFT, or beside the first one; and PPO beside best-of-N."""
+    base = "sft" if "sft" in found.looks else next(iter(found.looks))
+    return [(p, base) for p in found.looks if p != base] + [("ppo", "bon")] * ({"ppo", "bon"} <= found.looks.keys())
+
+
+def estimate(e: Estimate) -> str:
+    """Mean and interval, with as many decimals as give the interval's half-width two digits."""
+    half = (e["high"] - e["low"]) / 2
+    places = min(max(1 - math.floor(math.log10(half)), 0), 6) if half > 0 else 3
+    # A no-break space, so that a narrow cell breaks before the bracket and not within it.
+    return f"{e['mean']:.{places}f} [{e['low']:.{places}f},\N{NO-BREAK SPACE}{e['high']:.{places}f}]"
+
+
+def number(x: float) -> str:
+    """Whole numbers as they are, others to six digits."""
+    return f"{x:,}" if isinstance(x, int) else f"{x:.6g}"
+
+
+def sentences(found: Found) -> dict[str, list[str]]:
+    """The findings, for each section of the page."""
+    best, varied = performance(found), variety(found)
+    well = [p for p in PERFORMANCE[:2] if p in found.places] or [p for p in (best,) if p]
+    spread = [p for p in diversities(found) if varied and p[:2] == varied[:2]]
+    other = [p for p in diversities(found) if p not in spread]
+    return {
+        "generalisation": [*_told(found, best), *_of_pairs(found, well, "does better than", "does worse than")],
+        "distance": list(_of_gaps(found, well)),
+        "diversity": [*_told(found, varied), *_of_pairs(found, spread, "is more diverse than", "is less diverse than")],
+        "heads": list(_of_heads(found)),
+        "length": list(_of_pairs(found, [("length",)], "writes more than", "writes less than")),
+        "gap": list(_of_lone_gaps(found, well)),
+        "across": list(_of_pairs(found, other, "is more diverse than", "is less diverse than")),
+        "tradeoff": list(_bargains(found, best, varied)),
+    }
+
+
+def _told(found: Found, place: Place | None) -> Iterator[str]:
+    held = series(found, place) if place else {}
+    split = next((s for s in found.splits if any(s in e for e in held.values())), None)
+    if place and split is not None:
+        told = [f"{estimate(e[split])} for {found.looks[p].label}" for p, e in held.items() if split in e]
+        where = {"id": "In distribution", ALL: "Over all prompts"}.get(split, f"On {found.splits[split]}")
+        yield f"{where}, {_names([place])}: {', '.join(told)}."
+
+
+def _of_pairs(found: Found, places: Sequence[Place], more: str, less: str) -> Iterator[str]:
+    for a, b in pairs(found):
+        one, other = found.looks[a].label, found.looks[b].label
+        words = Words(one, f"{more} {other}", f"{less} {other}", f"is not told apart from {other}")
+        held = {p: series(found, p) for p in places}
+        yield from _said(found, {p: compare(s.get(a, {}), s.get(b, {})) for p, s in held.items()}, words)
+
+
+def _of_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
+    for a, b in pairs(found)[: len(found.looks) - 1]:
+        one, other = found.looks[a].label, found.looks[b].label
+        same = f"is not shown to lose more or less than {other}"
+        words = Words(one, f"loses more than {other}", f"loses less than {other}", same)
+        held = {p: gaps(found, p) for p in places}
+        yield from _said(found, {p: compare(s.get(a, {}), s.get(b, {})) for p, s in held.items()}, words)
+
+
+def _of_lone_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
+    zero = _level(found, 0.0)
+    for policy, look in found.looks.items():
+        more, less = "does worse than in distribution", "does better than in distribution"
+        words = Words(look.label, more, less, "is not shown to do better or worse than in distribution")
+        yield from _said(found, {p: compare(gaps(found, p).get(policy, {}), zero) for p in places}, words)
+
+
+def _of_heads(found: Found) -> Iterator[str]:
+    for (a, b), held in heads(found).items():
+        one, other = found.looks[a].label, found.looks[b].label
+        words = Words(one, f"beats {other}", f"loses to {other}", f"and {other} are not told apart")
+        yield from _said(found, {("head-to-head comparison",): compare(held, _level(found, 0.5))}, words)
+
+
+def _bargains(found: Found, best: Place | None, varied: Place | None) -> Iterator[str]:
+    if not (best and varied):
+        return
+    for a, b in pairs(found):
+        held = [series(found, p) for p in (best, varied)]
+        does, has = (compare(s.get(a, {}), s.get(b, {})) for s in held)
+        both = [s for side in does for s in side if any(s in other for other in has)]
+        both = [s for s in both if s != ALL] or both
+        if both:
+            paid = [s for s in both if s in does.above and s in has.below]
+            free = [s for s in both if s in does.above and s not in has.below]
+            yield (
+                f"Beside {found.looks[b].label}, {found.looks[a].label} is better and less diverse on {len(paid)} of "
+                f"{len(both)} splits, and better without a decided loss of diversity on {len(free)}."
+            )
+
+
+def _level(found: Found, value: float) -> dict[str, Estimate]:
+    return {s: {"mean": value, "low": value, "high": value, "n": 0} for s in found.splits}
+
+
+def _said(found: Found, verdicts: Mapping[Place, Verdict], words: Words) -> Iterator[str]:
+    """One sentence for all measures that say the same; the split `all` holds the others, so it is not counted in."""
+    for whole in (True, False):
+        told: dict[Verdict, list[Place]] = {}
+        for place, verdict in verdicts.items():
+            part = Verdict(*(tuple(s for s in side if (s == ALL) == whole) for side in verdict))
+            if any(part):
+                told.setdefault(part, []).append(place)
+        for verdict, places in told.items():
+            scope = "over all prompts " if whole else ""
+            yield f"By {_names(places)}, {scope}{words.subject} {_sides(found, verdict, words)}."
+
+
+def _sides(found: Found, verdict: Verdict, words: Words) -> str:
+    n = sum(map(len, verdict))
+    if len(verdict.undecided) == n:
+        one = "" if verdict.undecided == (ALL,) else f" on {found.splits[verdict.undecided[0]]}"
+        return words.same + (f" on any of {n} splits" if n > 1 else one)
+    sides = []
+    for verb, splits in ((words.more, verdict.above), (words.less, verdict.below)):
+        named = f" ({', '.join(found.splits[s] for s in splits)})" if len(splits) < n else ""
+        sides += (
+            [verb if splits == (ALL,) else f"{verb} on {len(splits)} of {n} split{'s' * (n > 1)}{named}"]
+            if splits
+            else []
+        )
+    return "; ".join(sides + [f"{len(verdict.undecided)} undecided"] * bool(verdict.undecided))
+
+
+def _names(places: Sequence[Place]) -> str:
+    scopes = dict.fromkeys(p[1] for p in places if p[0] == "diversity")
+    if len(scopes) != 1:
+        return _join([SHORT[p] if p in SHORT else label(p) for p in places])
+    scope = next(iter(scopes))
+    return f"{SCOPES.get(scope, scope)} {_join([METRICS.get(p[2], p[2]) for p in places])}"
+
+
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

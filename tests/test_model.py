@@ -1,0 +1,190 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import model
+from jaxrlhf.split import join, split, tree_hash
+
+FAMILIES = tuple(model.FAMILIES)
+T = 7
+
+
+def architecture(family: str, **changes) -> model.Architecture:
+    sizes = {"vocab_size": 19, "layers": 5, "width": 16, "heads": 4, "kv_heads": 4, "head_width": 4, "ff_width": 24}
+    if family == "llama":
+        sizes |= {"kv_heads": 2}
+    return model.Architecture(**(sizes | {"max_positions": 16} | model.FAMILIES[family] | changes))
+
+
+def random_params(arch: model.Architecture, seed: int = 0):
+    """Every leaf random, biases and norms too, so that a forgotten one shows."""
+    shapes = jax.eval_shape(partial(model.init, arch), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.2, 0.3, x.shape), jnp.float32), shapes)
+
+
+@partial(jax.jit, static_argnames=("arch", "freeze_layers"))
+def logits(arch, params, tokens_BT, mask_BT, freeze_layers=0.4):
+    frozen, top = split(params, freeze_layers)
+    hidden_BTD = model.trunk(arch, frozen, tokens_BT, mask_BT)
+    return model.logits(arch, frozen, top, model.run_top(arch, top, tokens_BT, hidden_BTD, mask_BT))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_position_depends_on_all_before_it_and_none_after(family):
+    arch = architecture(family)
+    blocks = random_params(arch)["blocks"]
+    mask_BT = jnp.ones((1, T), jnp.float32)
+
+    @jax.jit
+    def influence(h_TD):
+        def out(h_TD):
+            h_BTD, _ = model.run_blocks(arch, blocks, h_TD[None], model.positions(mask_BT), model.causal(mask_BT))
+            return h_BTD[0].sum(-1)
+
+        return jnp.abs(jax.jacrev(out)(h_TD)).max(-1)
+
+    h_TD = jnp.asarray(np.random.default_rng(0).normal(size=(T, arch.width)), jnp.float32)
+    depends_TT = np.asarray(influence(h_TD)) > 0  # [position of output, position of input]
+    assert np.array_equal(depends_TT, np.tril(np.ones((T, T), bool)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing_whatever_it_holds(family):
+    arch = architecture(family)
+    params = random_params(arch)
+    rng = np.random.default_rng(1)
+    plain_BT = rng.integers(0, 19, (2, T)).astype(np.int32)
+    wanted_BTV = np.asarray(logits(arch, params, plain_BT, np.ones((2, T), np.float32)))
+    for left in (3, 2, 0):
+        for _ in range(2):
+            tokens_BT = rng.integers(0, 19, (2, T + 3)).astype(np.int32)
+            tokens_BT[:, left : left + T] = plain_BT
+            mask_BT = np.zeros((2, T + 3), np.float32)
+            mask_BT[:, left : left + T] = 1
+            out_BTV = np.asarray(logits(arch, params, tokens_BT, mask_BT))
+            assert np.isfinite(out_BTV).all()
+            assert np.allclose(out_BTV[:, left : left + T], wanted_BTV, atol=1e-5)
+
+
+def test_no_gradient_flows_from_real_positions_into_padding():
+    arch = architecture("llama")
+    blocks = random_params(arch)["blocks"]
+    mask_BT = jnp.asarray([[0, 0, 1, 1, 1, 1, 0]], jnp.float32)
+
+    def total(h_BTD):
+        h_BTD, _ = model.run_blocks(arch, blocks, h_BTD, model.positions(mask_BT), model.causal(mask_BT))
+        return (h_BTD * mask_BT[..., None]).sum()
+
+    h_BTD = jnp.asarray(np.random.default_rng(2).normal(size=(1, T, arch.width)), jnp.float32)
+    reach_T = np.abs(np.asarray(jax.jit(jax.grad(total))(h_BTD))).max(-1)[0]
+    assert np.array_equal(reach_T > 0, np.asarray(mask_BT[0] > 0))
+
+
+def test_positions_count_real_tokens():
+    mask_BT = jnp.asarray([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [1, 1, 1, 1, 1]], jnp.float32)
+    wanted = [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 1, 1, 1], [0, 1, 2, 3, 4]]
+    assert model.positions(mask_BT).tolist() == wanted
+    assert model.positions(mask_BT).dtype == jnp.int32
+
+
+def test_causal_mask_by_hand():
+    wanted = [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert model.causal(jnp.asarray([[0, 1, 1]])).astype(int).tolist() == [wanted]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_order_of_tokens_matters(family):
+    """Attention alone cannot tell the order of the tokens before the last; positions must."""
+    arch = architecture(family)
+    tokens_BT = np.array([[3, 5, 7, 2, 9, 9, 4], [5, 3, 7, 2, 9, 9, 4]], np.int32)
+    a_V, b_V = logits(arch, random_params(arch), tokens_BT, np.ones((2, T), np.float32))[:, -1]
+    assert np.abs(a_V - b_V).max() > 1e-3
+
+
+def test_rotation_by_hand():
+    """Width 4 has frequencies 1 and theta**-0.5, and pairs elements 0, 2 and 1, 3."""
+    x_BTHK = jnp.asarray([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
+    turned_K = model.rotate(x_BTHK, jnp.full((1, 1), 3), 100.0)[0, 0, 0]
+    assert np.allclose(turned_K, [np.cos(3), -np.sin(0.3), np.sin(3), np.cos(0.3)], atol=1e-6)
+
+
+def test_attention_against_loops():
+    rng = np.random.default_rng(3)
+    B, S, H, G, K = 2, 5, 4, 2, 3
+    q, k, v = (rng.normal(size=(B, S, n, K)).astype(np.float32) for n in (H, G, G))
+    mask_BT = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]], np.float32)
+    out_BTHK = np.asarray(model.attention(q, k, v, model.causal(jnp.asarray(mask_BT))))  # pyright: ignore
+    for b in range(B):
+        for t in np.flatnonzero(mask_BT[b]):
+            seen = [s for s in range(t + 1) if mask_BT[b, s]]
+            for h in range(H):
+                weight = np.exp([q[b, t, h] @ k[b, s, h // 2] / np.sqrt(K) for s in seen])
+                wanted = sum(w * v[b, s, h // 2] for w, s in zip(weight, seen, strict=True)) / weight.sum()
+                assert np.allclose(out_BTHK[b, t, h], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("opt", True)])
+def test_logits_do_not_depend_on_where_the_model_is_split(family, tied):
+    arch = architecture(family, tied=tied)
+    params = random_params(arch)
+    tokens_BT = np.random.default_rng(4).integers(0, 19, (3, T)).astype(np.int32)
+    mask_BT = (np.arange(T) >= np.array([[0], [3], [6]])).astype(np.float32)
+    whole, *rest = (np.asarray(logits(arch, params, tokens_BT, mask_BT, f)) for f in (0.0, 0.4, 0.8, 1.0))
+    for out in rest:
+        assert np.allclose(out, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("freeze_layers", "below"), [(0.0, 0), (0.1, 0), (0.4, 2), (0.5, 2), (0.8, 4), (1.0, 5)])
+def test_split_rounds_down_and_join_undoes_it(freeze_layers, below, tied):
+    params = random_params(architecture("llama", tied=tied))
+    frozen, top = split(params, freeze_layers)
+    assert {x.shape[0] for x in jax.tree.leaves(frozen.blocks)} == {below}
+    assert {x.shape[0] for x in jax.tree.leaves(top.blocks)} == {5 - below}
+    assert bool(frozen.embed) == (freeze_layers > 0) == (not top.embed)
+    assert bool(frozen.lm_head) == (freeze_layers > 0 and not tied)
+    assert bool(top.lm_head) == (freeze_layers == 0 and not tied)
+    assert tree_hash(join(frozen, top)) == tree_hash(params)
+
+
+def test_hash_tells_values_names_types_and_shapes_apart():
+    params = random_params(architecture("llama"))
+    frozen = split(params, 0.8)[0]
+    same = split(jax.tree.map(lambda x: np.array(x), params), 0.8)[0]
+    assert tree_hash(frozen) == tree_hash(same)
+    changed = jax.tree.map(lambda x: np.array(x), frozen)
+    changed.blocks["q"]["kernel"][-1, -1, -1, -1] = np.nextafter(changed.blocks["q"]["kernel"][-1, -1, -1, -1], 9)
+    kernel = np.zeros((2, 3), np.float32)
+    trees = [
+        frozen,
+        changed,
+        split(params, 0.6)[0],
+        {"a": kernel},
+        {"b": kernel},
+        {"a": kernel.T},
+        {"a": kernel.view(np.int32)},
+    ]
+    assert len({tree_hash(t) for t in trees}) == len(trees)
+
+
+def test_only_the_top_gets_gradients_and_all_of_it_does():
+    arch = architecture("opt")
+    frozen, top = split(random_params(arch), 0.6)
+    tokens_BT = np.random.default_rng(5).integers(0, 19, (2, T)).astype(np.int32)
+    mask_BT = np.ones((2, T), np.float32)
+    hidden_BTD = model.trunk(arch, frozen, tokens_BT, mask_BT)  # pyright: ignore
+
+    @jax.jit
+    @jax.grad
+    def gradient(top):
+        final_BTD = model.run_top(arch, top, tokens_BT, hidden_BTD, mask_BT)  # pyright: ignore
+        return jax.nn.log_softmax(model.logits(arch, frozen, top, final_BTD))[..., 0].sum()
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(top)):
+        name = jax.tree_util.keystr(path)
+        if name != ".blocks['k']['bias']":  # shifts every score of a query alike, which the softmax forgets
+            assert np.abs(leaf).reshape(leaf.shape[0], -1).max() > 1e-4, name

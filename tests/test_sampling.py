@@ -1,0 +1,193 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxrlhf import model
+from jaxrlhf.sampling import Generation, sample, warp
+from jaxrlhf.split import split
+
+VOCAB, EOS, PAD = 11, 1, 0
+P, R, N = 6, 5, 8  # few shapes, as most of the time goes into compiling
+
+
+def setup(family: str = "llama", freeze_layers: float = 0.5, sharpness: float = 1.0):
+    """A random model with grouped queries where the family has them, and ragged left-padded prompts."""
+    kv_heads = 2 if family == "llama" else 4
+    arch = model.Architecture(
+        vocab_size=VOCAB,
+        layers=2,
+        width=16,
+        heads=4,
+        kv_heads=kv_heads,
+        head_width=4,
+        ff_width=24,
+        max_positions=P + R + 4,
+        **model.FAMILIES[family],
+    )
+    shapes = jax.eval_shape(partial(model.init, arch), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.35, x.shape), jnp.float32), shapes)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] * sharpness
+    prompt_BP = rng.integers(2, VOCAB, (3, P)).astype(np.int32)
+    mask_BP = (np.arange(P) >= np.array([[0], [2], [5]])).astype(np.float32)
+    return arch, *split(params, freeze_layers), prompt_BP, mask_BP
+
+
+@partial(jax.jit, static_argnames=("arch", "prompt_length"))
+def teacher_logits(arch, frozen, top, tokens_MT, mask_MT, prompt_length):
+    """The logits from which each response token is drawn, by one pass over prompt and response together."""
+    hidden_MTD = model.trunk(arch, frozen, tokens_MT, mask_MT)
+    final_MTD = model.run_top(arch, top, tokens_MT, hidden_MTD, mask_MT)
+    return model.logits(arch, frozen, top, final_MTD)[:, prompt_length - 1 : -1]
+
+
+def forced(arch, frozen, top, prompt_BP, mask_BP, drawn) -> np.ndarray:
+    n = len(drawn.tokens_BR) // len(prompt_BP)
+    tokens_MT = np.concatenate([np.repeat(prompt_BP, n, 0), drawn.tokens_BR], 1)
+    mask_MT = np.concatenate([np.repeat(mask_BP, n, 0), drawn.mask_BR], 1)
+    return np.asarray(teacher_logits(arch, frozen, top, tokens_MT, mask_MT, prompt_BP.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("family", "freeze_layers", "temperature"), [("llama", 0.5, 1.0), ("opt", 0.0, 0.7), ("gpt2", 1.0, 0.7)]
+)
+def test_log_probabilities_are_those_of_teacher_forcing(family, freeze_layers, temperature):
+    arch, frozen, top, prompt_BP, mask_BP = setup(family, freeze_layers)
+    gen = Generation(R, temperature, eos_id=EOS, pad_id=PAD)
+    drawn = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(0), N)
+    logits_MRV = forced(arch, frozen, top, prompt_BP, mask_BP, drawn)
+    logp_MRV = np.asarray(jax.nn.log_softmax(logits_MRV / temperature))
+    wanted_MR = np.take_along_axis(logp_MRV, np.asarray(drawn.tokens_BR)[..., None], -1)[..., 0] * drawn.mask_BR
+    assert drawn.tokens_BR.shape == (3 * N, R)
+    assert np.abs(drawn.logp_BR - wanted_MR).max() < 1e-5
+    assert drawn.mask_BR.sum() > 3 * N * R / 2
+
+
+def test_greedy_is_the_argmax_of_teacher_forcing_and_padding_changes_nothing():
+    arch, frozen, top, prompt_BP, mask_BP = setup()
+    gen = Generation(R, 0.0, eos_id=EOS, pad_id=PAD)
+    drawn = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(0))
+    best_MR = forced(arch, frozen, top, prompt_BP, mask_BP, drawn).argmax(-1)
+    assert np.array_equal(drawn.tokens_BR, np.where(drawn.mask_BR > 0, best_MR, PAD))
+    assert len({tuple(row) for row in np.asarray(drawn.tokens_BR).tolist()}) > 1
+    for planted in (PAD, 7):
+        wide_BP = np.concatenate([np.full((3, 4), planted, np.int32), np.where(mask_BP > 0, prompt_BP, planted)], 1)
+        wide_mask_BP = np.concatenate([np.zeros((3, 4), np.float32), mask_BP], 1)
+        wide = sample(arch, gen, frozen, top, wide_BP, wide_mask_BP, jax.random.key(9))
+        assert np.array_equal(wide.tokens_BR, drawn.tokens_BR)
+
+
+def test_end_of_text_ends_a_row():
+    arch, frozen, top, prompt_BP, mask_BP = setup(sharpness=0.3)
+    gen = Generation(R, eos_id=EOS, pad_id=PAD)
+    drawn = jax.tree.map(np.asarray, sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(3), N))
+    assert 0 < drawn.finished_B.sum() < len(drawn.finished_B)
+    lengths = set()
+    for tokens, mask, logp, finished in zip(
+        drawn.tokens_BR, drawn.mask_BR, drawn.logp_BR, drawn.finished_B, strict=True
+    ):
+        ends = np.flatnonzero((tokens == EOS) & (mask > 0))
+        length = ends[0] + 1 if len(ends) else R
+        assert finished == (len(ends) > 0)
+        assert mask.tolist() == [1.0] * length + [0.0] * (R - length)
+        assert (tokens[length:] == PAD).all()
+        assert (logp[length:] == 0).all()
+        assert (logp[:length] < 0).all()
+        lengths.add(int(length))
+    assert len(lengths) > 2
+
+
+def test_all_rows_ended_leaves_only_padding():
+    """The loop stops early; what it did not reach must be padding, not rubbish."""
+    arch, frozen, top, prompt_BP, mask_BP = setup()
+    gen = Generation(R, 0.0, eos_id=EOS, pad_id=PAD)
+    first = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(0))
+    prompt_BP, mask_BP = prompt_BP[[0, 0, 0]], mask_BP[[0, 0, 0]]
+    eos = int(first.tokens_BR[0, 0])
+    gen = Generation(R, 0.0, eos_id=eos, pad_id=10)
+    drawn = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(0))
+    assert drawn.tokens_BR.tolist() == [[eos] + [10] * (R - 1)] * 3
+    assert drawn.mask_BR.tolist() == [[1] + [0] * (R - 1)] * 3
+    assert drawn.finished_B.tolist() == [True] * 3
+
+
+def test_keys_decide_and_samples_of_a_prompt_differ():
+    arch, frozen, top, prompt_BP, mask_BP = setup()
+    gen = Generation(R, eos_id=EOS, pad_id=PAD)
+    a, again, b = (
+        np.asarray(sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(k), N).tokens_BR)
+        for k in (0, 0, 1)
+    )
+    assert np.array_equal(a, again)
+    assert not np.array_equal(a, b)
+    for rows in a.reshape(3, N, R):
+        assert len({tuple(row) for row in rows.tolist()}) > 4
+
+
+def test_first_tokens_are_drawn_with_the_models_probabilities():
+    arch, frozen, top, prompt_BP, mask_BP = setup()
+    gen = Generation(1, eos_id=EOS, pad_id=PAD)
+    drawn = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(5), 4000)
+    p_BV = np.asarray(jax.nn.softmax(forced(arch, frozen, top, prompt_BP, mask_BP, drawn)[::4000, 0]), np.float64)
+    for tokens, p_V in zip(np.asarray(drawn.tokens_BR).reshape(3, 4000), p_BV, strict=True):
+        seen_V = np.bincount(tokens, minlength=VOCAB)
+        common = p_V * 4000 >= 5
+        observed = np.append(seen_V[common], seen_V[~common].sum() + 1e-9)
+        expected = np.append(p_V[common], p_V[~common].sum() + 1e-9 / 4000) * 4000
+        assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
+        assert stats.chisquare(np.roll(seen_V, 1) + 1e-9, p_V / p_V.sum() * (seen_V + 1e-9).sum()).pvalue < 1e-4
+
+
+def test_tokens_outside_top_k_are_never_drawn_and_logp_is_renormalised():
+    arch, frozen, top, prompt_BP, mask_BP = setup()
+    gen = Generation(R, 0.9, top_k=2, eos_id=EOS, pad_id=PAD)
+    drawn = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(7), N)
+    logits_MRV = forced(arch, frozen, top, prompt_BP, mask_BP, drawn) / 0.9
+    tokens_MR = np.asarray(drawn.tokens_BR)
+    chosen_MR = np.take_along_axis(logits_MRV, tokens_MR[..., None], -1)[..., 0]
+    pair_MR2 = np.sort(logits_MRV, -1)[..., -2:]
+    real_MR = np.asarray(drawn.mask_BR) > 0
+    assert (chosen_MR >= pair_MR2[..., 0] - 1e-5)[real_MR].all()
+    wanted_MR = chosen_MR - np.log(np.exp(pair_MR2).sum(-1))
+    assert np.abs(np.asarray(drawn.logp_BR) - wanted_MR)[real_MR].max() < 1e-5
+
+
+WARPS = [
+    # p = .4, .3, .2, .1, in an order of their own
+    ([0.2, 0.4, 0.1, 0.3], {}, [0.2, 0.4, 0.1, 0.3]),
+    ([0.2, 0.4, 0.1, 0.3], {"temperature": 0.5}, [4 / 30, 16 / 30, 1 / 30, 9 / 30]),
+    ([0.2, 0.4, 0.1, 0.3], {"temperature": 0.0}, [0, 1, 0, 0]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_k": 1}, [0, 1, 0, 0]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_k": 3}, [2 / 9, 4 / 9, 0, 3 / 9]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_k": 4}, [0.2, 0.4, 0.1, 0.3]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_k": 99}, [0.2, 0.4, 0.1, 0.3]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_p": 0.001}, [0, 1, 0, 0]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_p": 0.39}, [0, 1, 0, 0]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_p": 0.41}, [0, 4 / 7, 0, 3 / 7]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_p": 0.69}, [0, 4 / 7, 0, 3 / 7]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_p": 0.71}, [2 / 9, 4 / 9, 0, 3 / 9]),
+    ([0.2, 0.4, 0.1, 0.3], {"top_p": 0.95}, [0.2, 0.4, 0.1, 0.3]),
+    # top-p counts the mass that top-k left: 4/7 of the two, not .4 of all
+    ([0.2, 0.4, 0.1, 0.3], {"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),
+    # and after the temperature: 16/30 is the first token's mass
+    ([0.2, 0.4, 0.1, 0.3], {"temperature": 0.5, "top_p": 0.5}, [0, 1, 0, 0]),
+    # ties with the k-th are kept; at temperature 0 the first wins
+    ([0.25, 0.25, 0.4, 0.1], {"top_k": 2}, [2.5 / 9, 2.5 / 9, 4 / 9, 0]),
+    ([0.3, 0.1, 0.3, 0.3], {"temperature": 0.0}, [1, 0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("p", "options", "wanted"), WARPS)
+def test_warp_by_hand(p, options, wanted):
+    logits_MV = jnp.log(jnp.asarray([p, p[::-1]], jnp.float32)) + jnp.asarray([[3.0], [-50.0]])
+    if options == {"temperature": 0.0} and p[0] == 0.3:
+        logits_MV = logits_MV[:1]  # the first of a tie, so not the mirror image
+    logp_MV = np.asarray(warp(logits_MV, Generation(1, **options)), np.float64)
+    rows = [wanted, wanted[::-1]][: len(logp_MV)]
+    assert np.allclose(np.exp(logp_MV), rows, atol=1e-5)
+    assert np.allclose(np.exp(logp_MV).sum(-1), 1, atol=1e-6)
+    assert (logp_MV[np.array(rows) == 0] < -1e20).all()
