@@ -90,7 +90,8 @@ def read_results(workdir: Path) -> Found:
     measured: list[Any] = list(policies.values()) if isinstance(policies, dict) else []
     if not measured or not all(isinstance(s, dict) and all(isinstance(m, dict) for m in s.values()) for s in measured):
         raise UserError(f"{path}: no policies in it; `jaxrlhf evaluate` writes it anew")
-    empty = {"config": {}, "sampling": {}, "generalisation_gap": {}, "comparisons": [], "task": "", "judge": ""}
+    empty: dict[str, Any] = {key: {} for key in ("config", "sampling", "generalisation_gap")}
+    empty |= {"differences": [], "comparisons": [], "task": "", "judge": ""}
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
     known = {"sft": "SFT", "bon": f"best-of-{n}", "ppo": "PPO"}
@@ -236,11 +237,8 @@ def _answers(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _decided(found: Found) -> Iterator[tuple[str, list[findings.Verdict]]]:
     """Of each measure, its verdict on each pair of policies."""
     for place in found.places:
-        held = findings.series(found, place)
-        yield (
-            figures.label(place),
-            [findings.compare(held.get(a, {}), held.get(b, {})) for a, b in findings.pairs(found)],
-        )
+        held = [findings.differences(found, a, b, place) for a, b in findings.pairs(found)]
+        yield figures.label(place), [findings.decide(d) for d in held]
 
 
 def _counts(found: Found) -> Iterator[tuple[str, str, int, int]]:
@@ -252,7 +250,8 @@ def _counts(found: Found) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _rows(found: Found) -> Iterator[tuple[str, str, str, Estimate]]:
-    """Every estimate of results.json: (policy, split, what, estimate)."""
+    """Every estimate of results.json: (policy or pair, split, what, estimate)."""
+    names = {p: look.label for p, look in found.looks.items()}
     for policy, splits in found.results["policies"].items():
         for split, measured in splits.items():
             for place, e in findings.walk(measured):
@@ -261,9 +260,13 @@ def _rows(found: Found) -> Iterator[tuple[str, str, str, Estimate]]:
         for split, measured in splits.items():
             for place, e in findings.walk(measured):
                 yield policy, split, f"gap in {figures.label(place)}", e
+    for d in found.results["differences"]:
+        pair = f"{names.get(d['a'], d['a'])} minus {names.get(d['b'], d['b'])}"
+        for place, e in findings.walk(d):
+            measure = figures.label(place[1:]) if place[0] == "gap" else figures.label(place)
+            yield pair, d["split"], f"difference in the gap in {measure}" if place[0] == "gap" else measure, e
     for c in found.results["comparisons"]:
-        other = found.looks[c["b"]].label if c["b"] in found.looks else c["b"]
-        yield c["a"], c["split"], f"wins against {other}", c["win_rate"]
+        yield c["a"], c["split"], f"wins against {names.get(c['b'], c['b'])}", c["win_rate"]
 
 
 def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
