@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.freeze_layers = 0.5  # 3 of 6 blocks, with embeddings and output head
     c.pretrain.init = "world"  # made by this recipe with --config.pretrain.init=scratch; see jaxrlhf/assets
     c.pretrain.batch_size = 64
-    c.pretrain.loop.update(steps=600, log_every=20, eval_every=200, save_every=100)
+    c.pretrain.loop.update(steps=1500, log_every=50, eval_every=500, save_every=250)
     c.pretrain.optim.update(lr=3e-3, warmup=50, b2=0.98)
     c.sft.batch_size = 32
     c.sft.loop.update(steps=300, log_every=20, eval_every=100, save_every=100)

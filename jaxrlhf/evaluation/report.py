@@ -16,6 +16,7 @@ from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 
 STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
+CUTS = ("truncated", "overlong")  # prompts, responses
 SHOWN_PROMPTS, SHOWN_RESPONSES, SHOWN_LETTERS = 3, 2, 20_000
 TASKS = {"world": "the embedded world: generated forum posts to summarise", "files": "texts from files"}
 JUDGES = {
@@ -61,7 +62,8 @@ def write_report(workdir: Path) -> Path:
         "title": config.get("name", "outputs"),
         "facts": list(_facts(found, config)),
         "config": list(_flat(config)),
-        "truncated": [(s, k, n) for s, m in summaries.items() for k, n in m.get("truncated", {}).items()],
+        **{cut: [(s, k, n) for s, m in summaries.items() for k, n in m.get(cut, {}).items()] for cut in CUTS},
+        "notes": [(k.replace("_", " "), n) for k, n in _json(workdir / "data" / "notes.json").items() if n],
         "said": findings.sentences(found),
         "tables": [(p, findings.series(found, p)) for p in (findings.performance(found), findings.variety(found)) if p],
         "curves": {s: [(n, title) for n, title, _ in drawn] for s, drawn in curves.items() if drawn},

@@ -118,14 +118,16 @@ def _estimates(measured: Policies, samples: Mapping[str, int], resamples: int) -
 
 def table(results: Mapping[str, Any]) -> str:
     """The main numbers as aligned text, a row for each policy and split."""
-    head = ["policy", "split", "n", "win rate", "gold", "score", "words", "per-input EAD", "across-input EAD"]
+    head = ["policy", "split", "n", "win rate", "se", "gold", "score", "words", "per-input EAD", "across-input EAD"]
     rows = [head]
     for policy, splits in results["policies"].items():
         for split, m in splits.items():
             scopes = m["diversity"]
-            cells = [m.get(k) for k in ("win_rate", "gold", "score", "length")]
+            won = m.get("win_rate")
+            cells = [m.get(k) for k in ("gold", "score", "length")]
             cells += [scopes.get(s, {}).get("ead") for s in ("per_input", "across_input")]
-            rows.append([policy, split, str(m["n_prompts"]), *map(_cell, cells)])
+            rows.append([policy, split, str(m["n_prompts"]), _cell(won), f"{won['se']:.4f}" if won else ""])
+            rows[-1] += map(_cell, cells)
     kept = [c for c in range(len(head)) if any(row[c] for row in rows[1:])]
     widths = [max(len(row[c]) for row in rows) for c in kept]
     return "\n".join("  ".join(row[c].ljust(w) for c, w in zip(kept, widths, strict=True)).rstrip() for row in rows)
