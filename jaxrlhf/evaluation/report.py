@@ -72,6 +72,7 @@ def write_report(workdir: Path) -> Path:
         "decided": list(_decided(found)),
         "pairs": findings.pairs(found),
         "counts": list(_counts(found)),
+        "shares": shares(found.results),
         "rows": list(_rows(found)),
     }
     context["absent"] = list(_absent(found, context))
@@ -206,12 +207,19 @@ def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
             yield fact, re.sub(r"\{(.*?)\}", lambda match: flat[match[1]], text)
     bon = results["sampling"].get("bon", {})
     if {"best_of", "pool"} <= bon.keys():
-        text = f"the highest-scored of {bon['best_of']} SFT samples, drawn again and again from a pool of {bon['pool']}"
-        yield "best-of-N", f"{text} samples a prompt"
+        how = "drawn again and again from a pool of" if shares(results) else "each time others, out of"
+        yield "best-of-N", f"the highest-scored of {bon['best_of']} SFT samples, {how} {bon['pool']} samples a prompt"
     if results["judge"]:
         yield "judge of win rates", JUDGES.get(results["judge"], str(results["judge"]))
     if flat.get("paper_compat", flat.get("evaluation.paper_compat")) == "True":
         yield "metrics", "as the paper's released code computes them (paper_compat)"
+
+
+def shares(results: Mapping[str, Any]) -> bool:
+    """Whether best-of-N responses to one prompt were picked from the same samples, and so repeat each other."""
+    bon = results["sampling"].get("bon", {})
+    drawn = max((m.get("samples_per_prompt", 1) for m in results["policies"].get("bon", {}).values()), default=1)
+    return "pool" in bon and bon["pool"] < bon["best_of"] * drawn
 
 
 def _samples(workdir: Path, found: Found) -> Iterator[dict[str, Any]]:
