@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.ppo.update(batch_size=128, epochs=4, minibatches=2, kl_coef=0.05)
     c.ppo.loop.update(steps=30, log_every=1, save_every=10)
     c.ppo.optim.update(lr=1e-3)
+    c.world.evaluation_prompts = 96  # three whole batches of sampling
     c.sampling.update(samples_per_prompt=8, best_of=8, pool=64)
     if variant == "smoke":
         smoke(c)
