@@ -292,7 +292,6 @@ def _check(e: Experiment) -> None:
         "sampling.best_of": e.sampling.best_of,
         "ppo.epochs": e.ppo.epochs,
         "ppo.minibatches": e.ppo.minibatches,
-        "reward.samples_per_prompt": e.reward.samples_per_prompt,
         "reward.normalise_samples": e.reward.normalise_samples,
         "evaluation.bootstrap": e.evaluation.bootstrap,
     }
@@ -305,6 +304,8 @@ def _check(e: Experiment) -> None:
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")
+    if e.reward.samples_per_prompt < 2:
+        raise UserError(f"config.reward.samples_per_prompt={e.reward.samples_per_prompt}: a pair takes 2 or more")
     if not 0 <= e.model.freeze_layers <= 1:
         raise UserError(f"config.model.freeze_layers={e.model.freeze_layers}: a share from 0 to 1")
     if e.task not in ("world", "files"):

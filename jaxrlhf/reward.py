@@ -15,7 +15,7 @@ from jaxrlhf import loop, losses, model, optim, policies, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
-from jaxrlhf.files import read_records, write_records
+from jaxrlhf.files import UserError, read_records, write_records
 from jaxrlhf.types import Frozen, PairBatch, ScalarHead, Scorer, TrainState
 
 
@@ -46,6 +46,11 @@ def reward(run: Run) -> None:
     c = run.config.reward
     sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh)
     pairs = preferences(run)
+    if not pairs["train"]:
+        raise UserError(
+            f"{run.directory('reward')}: no pair to learn from, all SFT samples of a prompt are equal; "
+            "raise config.sampling.temperature or config.reward.samples_per_prompt in another --workdir"
+        )
     train_batches = batches.pair_batches(
         pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=run.seed("reward"), **run.lengths
     )
@@ -105,7 +110,7 @@ def accuracy(run: Run, scorer: Scorer, pairs: Mapping[str, Sequence]) -> dict[st
     c = run.config
     found = {}
     for split, records in pairs.items():
-        if split == "train":
+        if split == "train" or not records:
             continue
         margins = []
         for batch, valid in batches.eval_pair_batches(
