@@ -10,7 +10,7 @@ FOLDER holds, from github.com/tatsu-lab/alpaca_eval (results/<model>/) and githu
     instructions/seed_tasks_sequential.jsonl   seed tasks of the far split
 
 A model this small writes poor answers. What it shows is that real text of every length and script goes through every
-stage and every measure. About 8 minutes on 2 CPU cores.
+stage and every measure. About 10 minutes on 2 CPU cores.
 """
 
 from ml_collections import ConfigDict

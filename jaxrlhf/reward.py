@@ -89,20 +89,25 @@ def new_head(run: Run) -> ScalarHead:
 
 def normalisation(run: Run, scorer: Scorer) -> dict[str, float]:
     """Mean and standard deviation of the scores of SFT samples, to which the reward model is then normalised."""
-    n = run.config.reward.normalise_samples
-    records = [run.task.ppo_prompts[i] for i in range(min(n, len(run.task.ppo_prompts)))]
+    c = run.config.reward
+    prompts = min(-(-c.normalise_samples // c.samples_per_prompt), len(run.task.ppo_prompts))
+    records = run.task.ppo_prompts[:prompts]
     drawn = policies.respond(
         run,
         run.policy("sft"),
         records,
-        samples=1,
+        samples=c.samples_per_prompt,
         key=run.key("normalise"),
         generation=policies.generation(run),
         scorer=scorer,
         title="normalise",
     )
     assert drawn.scores_BN is not None
-    return {"mean": float(drawn.scores_BN.mean()), "std": max(float(drawn.scores_BN.std()), 1e-6), "n": len(records)}
+    return {
+        "mean": float(drawn.scores_BN.mean()),
+        "std": max(float(drawn.scores_BN.std()), 1e-6),
+        "n": drawn.scores_BN.size,
+    }
 
 
 def accuracy(run: Run, scorer: Scorer, pairs: Mapping[str, Sequence]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,9 @@ from jaxrlhf.types import PairBatch, PromptBatch, SftBatch
 Record = Mapping[str, str]
 Row = tuple[list[int], list[int]]
 Batch = TypeVar("Batch", covariant=True)
-WIDTHS = 8  # rows are as long as the longest of their set, rounded up: fewer wasted columns, one shape a set
+# Training rows are as long as the longest of their set, rounded up to this: fewer wasted columns, one shape a stage.
+# Evaluation rows are as long as a row can be: one shape for all splits, so that nothing is compiled once a split.
+WIDTHS = 8
 
 
 class Batches(Protocol[Batch]):
@@ -75,9 +77,8 @@ def eval_sft_batches(
 ) -> Iterator[tuple[SftBatch, int]]:
     """All examples once, in order, with the number of valid rows of each batch; repeated rows weigh nothing."""
     rows = _examples(examples, tokenizer, prompt_length, response_length)
-    width = _width((len(p) + len(q) for p, q in rows), prompt_length + response_length)
     for chosen, valid in _in_order(rows, batch_size):
-        batch = _sft(chosen, width, 0.0, tokenizer.pad_id)
+        batch = _sft(chosen, prompt_length + response_length, 0.0, tokenizer.pad_id)
         batch.weight_BT[valid:] = 0  # pyright: ignore[reportIndexIssue]
         yield batch, valid
 
@@ -102,9 +103,8 @@ def eval_pair_batches(
 ) -> Iterator[tuple[PairBatch, int]]:
     """All pairs once, in order, with the number of valid pairs of each batch."""
     rows = _pairs(pairs, tokenizer, prompt_length, response_length)
-    width = _width((len(row) for pair in rows for row in pair), prompt_length + response_length)
     for chosen, valid in _in_order(rows, batch_size):
-        yield _pair_batch(chosen, width, tokenizer.pad_id), valid
+        yield _pair_batch(chosen, prompt_length + response_length, tokenizer.pad_id), valid
 
 
 def prompt_batches(
@@ -121,9 +121,8 @@ def eval_prompt_batches(
 ) -> Iterator[tuple[PromptBatch, int]]:
     """All prompts once, in order, with the number of valid rows of each batch."""
     rows = _prompts(records, tokenizer, prompt_length)
-    width = _width((len(p) for _, p in rows), prompt_length)
     for chosen, valid in _in_order(rows, batch_size):
-        yield _prompt_batch(chosen, width, tokenizer.pad_id), valid
+        yield _prompt_batch(chosen, prompt_length, tokenizer.pad_id), valid
 
 
 def _encode(records: Iterable[Record], field: str, tokenizer: Tokenizer) -> list[list[int]]:
