@@ -52,9 +52,11 @@ class Files:
 
 @dataclass(frozen=True)
 class Model:
-    """The decoder. `family` sets the architecture's options (`model.FAMILIES`); sizes are here."""
+    """The decoder. `family` sets the architecture's options (`model.FAMILIES`), sizes are here; or `init` sets both."""
 
-    family: str = "llama"  # llama | opt | gpt2
+    # A Hugging Face directory or hub id such as facebook/opt-125m, whose config and weights are the base; "" = none.
+    init: str = ""
+    family: str = "llama"  # llama | mistral | qwen2 | qwen3 | gemma2 | opt | gpt2 | gpt_neox
     layers: int = 6
     width: int = 64
     heads: int = 4

@@ -194,7 +194,9 @@ def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     results, flat = found.results, dict(_flat(config))
     if results["task"] and results["task"] != "outputs":
         yield "task", TASKS.get(results["task"], str(results["task"]))
-    if "pretrain.init" in flat:
+    if flat.get("model.init"):
+        yield "base", f"{flat['model.init']}, imported"
+    elif "pretrain.init" in flat:
         scratch = f"trained from scratch, {flat['pretrain.loop.steps']} steps"
         yield "base", scratch if flat["pretrain.init"] == "scratch" else f"{flat['pretrain.init']}, shipped"
     for fact, text in FACTS:
