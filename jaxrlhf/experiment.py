@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxrlhf import checkpoint, model, sharding, weights
 from jaxrlhf.config import Experiment
-from jaxrlhf.data.task import Task
+from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
 from jaxrlhf.split import split, tree_hash
 from jaxrlhf.types import ActorCritic, Frozen, Params, ScalarHead, Scorer, Top
@@ -54,7 +54,7 @@ class Run:
     @cached_property
     def imported(self) -> Path:
         """The Hugging Face directory that `config.model.init` names."""
-        return weights.directory_of(self.config.model.init, "config.model.init")
+        return base_directory(self.config, self.workdir)
 
     @cached_property
     def base(self) -> tuple[Frozen, Top]:
@@ -149,7 +149,8 @@ def imported_architecture(config: Experiment, directory: Path, vocab_size: int) 
     arch = weights.architecture(read_json(directory / "config.json"))
     if vocab_size > arch.vocab_size:
         raise UserError(
-            f"config.model.init={config.model.init!r} has {arch.vocab_size} tokens, this task's tokenizer {vocab_size}"
+            f"config.model.init={config.model.init!r} has embeddings for {arch.vocab_size} tokens, its tokenizer "
+            f"{vocab_size}: save the model after resize_token_embeddings({vocab_size})"
         )
     length = config.model.prompt_length + config.model.response_length
     if arch.positions == "learned" and length > arch.max_positions:

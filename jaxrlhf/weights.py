@@ -32,6 +32,7 @@ from jaxrlhf.families import architecture, listed
 from jaxrlhf.files import UserError, read_json, write_json
 from jaxrlhf.types import Params, ScalarHead
 
+SCORE = "score.weight"
 Read = Callable[[str], np.ndarray]
 # What older checkpoints store beside their weights, all of it following from the config.
 BUFFERS = re.compile(
@@ -66,7 +67,7 @@ def directory_of(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
     except (OSError, ValueError) as error:  # all that the hub's client raises for want of a name, a right, a network
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}={name!r}: no such directory, and not to be had from the hub ({reason})") from None
@@ -89,6 +90,31 @@ def load(directory: Path, mesh: DeviceMesh | None = None, dtype: Any = None) -> 
       UserError: a file is missing or broken, the config has an option that the decoder lacks, or a tensor is missing,
         unexpected or of the wrong shape; all are named.
     """
+    arch, flat, _ = _load(directory, mesh, dtype, False)
+    return arch, {"final_norm": {}, "lm_head": {}} | traverse_util.unflatten_dict(flat, sep="/")
+
+
+def load_reward(
+    directory: Path, mesh: DeviceMesh | None = None, dtype: Any = None
+) -> tuple[model.Architecture, Params, ScalarHead]:
+    """Reads a reward model that AutoModelForSequenceClassification loads, with one label: `export_reward`'s inverse.
+
+    Returns its parameters without an output head, and its read-out, to which the config's `jaxrlhf_score_bias` belongs.
+    For the rest see `load`.
+    """
+    config = read_json(directory / "config.json")
+    arch, flat, score_1D = _load(directory, mesh, dtype, True)
+    w_D = score_1D[0].astype(np.float32)
+    if arch.embed_width:
+        w_D = np.asarray(flat["embed/project_out"], np.float32) @ w_D
+    params = {"final_norm": {}, "lm_head": {}} | traverse_util.unflatten_dict(flat, sep="/")
+    head = ScalarHead(w_D=jnp.asarray(w_D), b=jnp.float32(config.get("jaxrlhf_score_bias", 0.0)))
+    return arch, params, head
+
+
+def _load(
+    directory: Path, mesh: DeviceMesh | None, dtype: Any, reward: bool
+) -> tuple[model.Architecture, dict[str, Any], np.ndarray]:
     arch = architecture(read_json(directory / "config.json"))
     stored = _stored(directory)
     stack_of, kinds = partial(re.sub, r"\.\d+\.", ".{}."), dict[str, np.dtype]()
@@ -101,17 +127,28 @@ def load(directory: Path, mesh: DeviceMesh | None = None, dtype: Any = None) -> 
             raise UserError(f"{stored[name]}: tensor {name} is {array.dtype}, unlike the same of other layers")
         return array
 
-    shapes = _shapes(arch)
+    shapes = {leaf: shape for leaf, shape in _shapes(arch).items() if not (reward and leaf == "lm_head/kernel")}
     prefix = next((p for p in families.PREFIXES[arch.family] if _name(arch, "embed/tokens", p) in stored), "")
     names = {leaf: _name(arch, leaf, prefix) for leaf in shapes}
-    _check_names(directory, arch, names, stored, read)
+    score = _score(directory, arch, stored, read) if reward else np.zeros((1, 0), np.float32)
+    _check_names(directory, arch, names, {k: v for k, v in stored.items() if not (reward and k == SCORE)}, read)
     mesh = mesh or sharding.make_mesh(Mesh())
     flat = {}
     for leaf, shape in shapes.items():
         place = NamedSharding(mesh, sharding.spec(leaf, shape, mesh))
         layer = partial(_layer, arch, leaf, names[leaf], shape, read, stored)
         flat[leaf] = _stack(layer, shape, place, dtype) if _stacked(leaf) else _place(layer(0), place, dtype)
-    return arch, {"final_norm": {}, "lm_head": {}} | traverse_util.unflatten_dict(flat, sep="/")
+    return arch, flat, score
+
+
+def _score(directory: Path, arch: model.Architecture, stored: Mapping[str, Path], read: Read) -> np.ndarray:
+    """The read-out [1, E] of a reward model, E the width that the output head reads."""
+    if SCORE not in stored:
+        raise UserError(f"{directory}: no tensor {SCORE}: not a reward model (AutoModelForSequenceClassification)")
+    array, wanted = read(SCORE), (1, arch.token_width)
+    if array.shape != wanted:
+        raise UserError(f"{directory}: {SCORE} is {list(array.shape)}; a reward model of one label has {list(wanted)}")
+    return array
 
 
 def export(directory: Path, arch: model.Architecture, params: Params, special: Mapping[str, int | None]) -> None:
@@ -161,7 +198,7 @@ def export_reward(
         w_D = np.eye(1, arch.embed_width, dtype=np.float32)[0]
     config = families.config_of(arch) | dict(special) | {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     config |= {"architectures": [families.CLASSES[arch.family] + "ForSequenceClassification"]}
-    _write_directory(directory, config | {"jaxrlhf_score_bias": b}, tensors | {"score.weight": w_D[None]})
+    _write_directory(directory, config | {"jaxrlhf_score_bias": b}, tensors | {SCORE: w_D[None]})
 
 
 def _write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:

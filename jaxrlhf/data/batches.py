@@ -185,7 +185,7 @@ def _in_order(rows: list, batch_size: int) -> Iterator[tuple[list, int]]:
 
 
 def _sft(rows: Sequence[Row], width: int, prompt_weight: float, pad_id: int) -> SftBatch:
-    tokens_BT, mask_BT = _pad([p + q for p, q in rows], width, pad_id)
+    tokens_BT, mask_BT = pad([p + q for p, q in rows], width, pad_id)
     weight_BT = np.zeros_like(mask_BT)
     for b, (p, q) in enumerate(rows):
         weight_BT[b, : len(p)] = prompt_weight
@@ -195,17 +195,18 @@ def _sft(rows: Sequence[Row], width: int, prompt_weight: float, pad_id: int) -> 
 
 
 def _pair_batch(rows: Sequence[Row], width: int, pad_id: int) -> PairBatch:
-    tokens_BT, mask_BT = _pad([c for c, _ in rows] + [r for _, r in rows], width, pad_id)
+    tokens_BT, mask_BT = pad([c for c, _ in rows] + [r for _, r in rows], width, pad_id)
     return PairBatch(tokens_BT=tokens_BT, mask_BT=mask_BT)  # pyright: ignore[reportArgumentType]
 
 
 def _prompt_batch(rows: Sequence[tuple[int, list[int]]], width: int, pad_id: int) -> PromptBatch:
-    tokens_BP, mask_BP = _pad([p for _, p in rows], width, pad_id, left=True)
+    tokens_BP, mask_BP = pad([p for _, p in rows], width, pad_id, left=True)
     index_B = np.array([i for i, _ in rows], np.int32)
     return PromptBatch(tokens_BP=tokens_BP, mask_BP=mask_BP, index_B=index_B)  # pyright: ignore[reportArgumentType]
 
 
-def _pad(rows: Sequence[list[int]], width: int, pad_id: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[list[int]], width: int, pad_id: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, int32, and mask, f32, of rows in [B, width]."""
     tokens_BT = np.full((len(rows), width), pad_id, np.int32)
     mask_BT = np.zeros((len(rows), width), np.float32)
     for b, row in enumerate(rows):

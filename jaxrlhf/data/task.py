@@ -110,13 +110,20 @@ def tokenizer(config: Experiment, workdir: Path) -> tokens.Tokenizer:
     return _imported_tokenizer(config, workdir) or tokens.load(workdir / "tokenizer.json")
 
 
+def base_directory(config: Experiment, workdir: Path) -> Path:
+    """The Hugging Face directory that `config.model.init` names."""
+    if config.model.init == "base":
+        return workdir / "base"
+    return weights.directory_of(config.model.init, "config.model.init")
+
+
 def _imported_tokenizer(config: Experiment, workdir: Path) -> tokens.Tokenizer | None:
     """That of `config.model.init`, copied to the workdir once, so that nothing hangs on its directory later."""
     if not config.model.init:
         return None
     folder = workdir / "tokenizer"
     if not folder.exists():
-        source = tokens.pretrained(weights.directory_of(config.model.init, "config.model.init"))
+        source = tokens.pretrained(base_directory(config, workdir))
         with whole_folder(folder) as partial:
             tokens.save_files(source, partial)
     found = tokens.pretrained(folder)

@@ -120,37 +120,40 @@ def pretrained(directory: Path) -> Tokenizer:
     return replace(_plain(engine), pad_id=pad_id, eos_id=eos_id, bos=tuple(full[: starts[0]]), theirs=theirs)
 
 
-def save_files(tokenizer: Tokenizer, folder: Path, pad: bool = False) -> Tokenizer:
+def save_files(tokenizer: Tokenizer, folder: Path, padding_side: str = "", pad: bool = False) -> Tokenizer:
     """Writes the files from which transformers' AutoTokenizer loads it; returns it as it is then.
 
     Args:
       tokenizer: any.
       folder: that exists.
+      padding_side: left | right, what it says of padding; "" leaves it as it is.
       pad: whether it must have a padding token of its own, which a reward model's reader tells texts' ends by. One
         that it gets has the first id that is free.
     """
     if tokenizer.theirs is None:
-        _save_own(tokenizer, folder)
+        _save_own(tokenizer, folder, padding_side or "left")
         return tokenizer
     theirs = copy.deepcopy(tokenizer.theirs)
+    theirs.padding_side = padding_side or theirs.padding_side
     if pad and tokenizer.pad_id == tokenizer.eos_id:
         theirs.add_special_tokens({"pad_token": OWN_PAD})
-        tokenizer = replace(tokenizer, pad_id=theirs.pad_token_id, theirs=theirs)
     theirs.save_pretrained(folder)
     named = {k: str(v) for k, v in theirs.special_tokens_map.items() if isinstance(v, str)}
     write_json(folder / "special_tokens_map.json", named)
     path = folder / "tokenizer_config.json"
     # Where it was read from is nobody's business.
-    write_json(path, {k: v for k, v in read_json(path).items() if k not in ("name_or_path", "local_files_only")})
-    return tokenizer
+    private = ("name_or_path", "is_local", "local_files_only")
+    write_json(path, {k: v for k, v in read_json(path).items() if k not in private})
+    return pretrained(folder)
 
 
-def _save_own(tokenizer: Tokenizer, folder: Path) -> None:
+def _save_own(tokenizer: Tokenizer, folder: Path, padding_side: str) -> None:
     tokenizer.save(folder / "tokenizer.json")
     kinds = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     named = {kind: tokenizer.engine.id_to_token(i) for kind, i in kinds.items()}
     write_json(folder / "special_tokens_map.json", named)
     options = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    options |= {"padding_side": padding_side}
     # As here, text that spells a special token is text.
     write_json(folder / "tokenizer_config.json", named | options | {"split_special_tokens": True})
 
@@ -163,15 +166,13 @@ def with_chat(tokenizer: Tokenizer) -> Tokenizer:
 
 def render_chat(tokenizer: Tokenizer, message: str) -> str:
     """A user's message as the tokenizer's chat template puts it, up to where the answer begins."""
-    template = tokenizer.theirs.chat_template if tokenizer.theirs is not None else None
-    if not template:
+    theirs = tokenizer.theirs
+    if theirs is None or not theirs.chat_template:
         raise UserError("config.files.prompt='chat': the tokenizer has no chat template; name another prompt format")
     chat = [{"role": "user", "content": message}]
     try:
-        template = DATE + tokenizer.theirs.get_chat_template()
-        return tokenizer.theirs.apply_chat_template(
-            chat, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        template = DATE + theirs.get_chat_template()
+        return theirs.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template is the user's, and can raise anything
         raise UserError(f"config.files.prompt='chat': the chat template fails ({error})") from None
 

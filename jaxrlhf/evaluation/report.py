@@ -16,7 +16,7 @@ from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 
 STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
-CUTS = ("truncated", "overlong")  # prompts, responses
+CUTS = ("truncated", "overlong", "join_mismatch")  # of prompts, responses, and both
 SHOWN_PROMPTS, SHOWN_RESPONSES, SHOWN_LETTERS = 3, 2, 20_000
 TASKS = {"world": "the embedded world: generated forum posts to summarise", "files": "texts from files"}
 JUDGES = {
