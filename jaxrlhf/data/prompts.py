@@ -79,7 +79,8 @@ def prompts(spec: str, tokenizer: tokens.Tokenizer | None = None) -> Prompts:
     def prompt(record: Mapping[str, str]) -> str:
         if record.get("input", "").strip() and made.with_input:
             return fill(made.with_input, record)
-        return fill(made.text, record if "input" in fields else {**record, "instruction": question(record)})
+        joined = {"instruction": question(record)} if "instruction" in record and "input" not in fields else {}
+        return fill(made.text, {**record, **joined})
 
     def response(text: str) -> str:
         return made.before + text.lstrip() if made.before else text
