@@ -77,9 +77,9 @@ def score_ids(
     if same_ids(tokenizer, reward.tokenizer):
         return _score(reward, [[*p, *q] for p, q in zip(prompts, responses, strict=True)], batch_size)
     bare = [p[len(tokenizer.bos) :] if tuple(p[: len(tokenizer.bos)]) == tokenizer.bos else p for p in prompts]
-    prompt_texts, response_texts = ([tokenizer.decode(ids) for ids in rows] for rows in (bare, responses))
+    prompt_texts, response_texts = map(tokenizer.decode, bare), map(tokenizer.decode_response, responses)
     finished = [bool(q) and q[-1] == tokenizer.eos_id for q in responses]
-    return score_texts(reward, prompt_texts, response_texts, finished, batch_size)
+    return score_texts(reward, list(prompt_texts), list(response_texts), finished, batch_size)
 
 
 def same_ids(policy: tokens.Tokenizer, reward: tokens.Tokenizer) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jaxrlhf.data import tokens, world
+from jaxrlhf.data import batches, tokens, world
 from jaxrlhf.files import UserError
 
 POST = "SUBREDDIT: r/relationships\nTITLE: my sister sold the lamp\nPOST: my sister sold the lamp .\nTL;DR:"
@@ -242,3 +242,19 @@ def test_directories_without_a_tokenizer_that_works_are_named(tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"tokenizer_config.json: no eos_token"):
         imported(tmp_path / "endless", eos_token=None)
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space(tmp_path):
+    """As LLaMA's: "a" and " a" have the same ids, so of a response the space must come from the ids."""
+    from transformers import PreTrainedTokenizerFast
+
+    engine = Engine(models.WordLevel({"</s>": 0, "<unk>": 1, "▁a": 2, "b": 3, "▁b": 4}, unk_token="<unk>"))
+    engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    engine.decoder = decoders.Metaspace(prepend_scheme="first")
+    PreTrainedTokenizerFast(tokenizer_object=engine, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    tokenizer = tokens.pretrained(tmp_path)
+    assert tokenizer.encode("a b") == tokenizer.encode(" a b") == [2, 4]
+    assert (tokenizer.decode([2, 4]), tokenizer.decode_response([2, 4, 0])) == ("a b", " a b")
+    pairs = [{"prompt": "a", "response": r} for r in (" b", "b")]  # "ab" is one word as a text
+    found = batches.cut({"x": pairs}, tokenizer, 9, 9, fields=("response",))
+    assert found["join_mismatch"] == {"x": 1}

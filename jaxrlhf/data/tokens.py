@@ -77,6 +77,13 @@ class Tokenizer:
         """The text of ids; padding and end-of-text are dropped."""
         return self.engine.decode([i for i in ids if i not in (self.pad_id, self.eos_id)], skip_special_tokens=False)
 
+    def decode_response(self, ids: Sequence[int]) -> str:
+        """The same of ids that follow a prompt: with the space that some imported tokenizers strip from a text."""
+        if self.theirs is None:
+            return self.decode(ids)
+        before = self.encode("a")
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
+
     def save(self, path: Path) -> None:
         """Writes `tokenizer.json`."""
         write_text(path, self.engine.to_str(pretty=True))
