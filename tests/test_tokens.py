@@ -240,6 +240,13 @@ def test_directories_without_a_tokenizer_that_works_are_named(tmp_path):
     with pytest.raises(UserError, match=r"does not load as a fast one") as error:
         tokens.pretrained(tmp_path)
     assert "\n" not in str(error.value)
+    imported(tmp_path / "code")
+    path = tmp_path / "code" / "tokenizer_config.json"
+    auto = {"AutoTokenizer": [None, "evil.Evil"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto, "tokenizer_class": "Evil"}))
+    (tmp_path / "code" / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UserError, match=r"does not load as a fast one"):
+        tokens.pretrained(tmp_path / "code")
     with pytest.raises(UserError, match=r"tokenizer_config.json: no eos_token"):
         imported(tmp_path / "endless", eos_token=None)
 

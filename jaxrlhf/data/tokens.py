@@ -111,7 +111,9 @@ def pretrained(directory: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # seconds to import, and needed here only
 
     try:
-        theirs: Any = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
+        # Said outright that no code of theirs may run: else transformers would ask at the terminal.
+        options = {"use_fast": True, "local_files_only": True, "trust_remote_code": False}
+        theirs: Any = AutoTokenizer.from_pretrained(directory, **options)
         engine = Engine.from_str(theirs.backend_tokenizer.to_str())
     except Exception as error:  # whatever transformers or the Rust library raises, the files are the user's
         reason = " ".join(str(error).split())[:200]
@@ -121,10 +123,10 @@ def pretrained(directory: Path) -> Tokenizer:
     engine.no_truncation()
     engine.no_padding()
     plain, full = (theirs("a", add_special_tokens=s)["input_ids"] for s in (False, True))
-    starts = [i for i in range(len(full)) if full[i : i + len(plain)] == plain]
+    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     eos_id = theirs.eos_token_id
     pad_id = eos_id if theirs.pad_token_id is None else theirs.pad_token_id
-    return replace(_plain(engine), pad_id=pad_id, eos_id=eos_id, bos=tuple(full[: starts[0]]), theirs=theirs)
+    return replace(_plain(engine), pad_id=pad_id, eos_id=eos_id, bos=tuple(full[:start]), theirs=theirs)
 
 
 def save_files(tokenizer: Tokenizer, folder: Path, padding_side: str = "", pad: bool = False) -> Tokenizer:
