@@ -49,7 +49,7 @@ def export(workdir: Path, policy: str, to: Path) -> None:
     _check_target(to)
     config = configs.read(workdir / "config.json")
     run = Run(config, workdir, task.Task(task.tokenizer(config, workdir)), f"export {policy}")
-    with whole_folder(to) as folder:
+    with whole_folder(to.resolve()) as folder:
         write = _write_reward if policy == "reward" else _write_policy
         write(run, policy, folder)
         write_text(folder / "README.md", card.card(_told(run, policy)))
