@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from jaxrlhf.files import UserError
+from jaxrlhf.files import UserError, read_json
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,21 @@ class Files:
     ood_sources: tuple[str, ...] = ()  # values of `dataset` that are out of distribution, a split each
     ood_files: tuple[str, ...] = ()  # `name=path` of seed-task files, a split each
     held_out: float = 0.2  # share of in-distribution prompts kept for the `id` split
+    # tldr | tldr_double | cnndm | cnndm_double | alpaca | chat (the imported tokenizer's template), or a text with
+    # {field}s of the records; see jaxrlhf/data/prompts.py.
     prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
     evaluation_prompts: int = 0  # at most so many prompts of each split; 0 = all
-    vocab_size: int = 4096  # of the byte-level BPE tokenizer, learnt from the demonstrations
+    vocab_size: int = 4096  # of the byte-level BPE tokenizer learnt from the demonstrations, where none is imported
 
 
 @dataclass(frozen=True)
 class Model:
-    """The decoder. `family` sets the architecture's options (`model.FAMILIES`); sizes are here."""
+    """The decoder. `family` sets the architecture's options (`model.FAMILIES`), sizes are here; or `init` sets both."""
 
-    family: str = "llama"  # llama | opt | gpt2
+    # A Hugging Face directory or hub id such as facebook/opt-125m, whose config, weights and tokenizer are the base;
+    # "base" = what `jaxrlhf import` put into the workdir, which "" means too where there is such; "" = none.
+    init: str = ""
+    family: str = "llama"  # llama | mistral | qwen2 | qwen3 | gemma2 | opt | gpt2 | gpt_neox
     layers: int = 6
     width: int = 64
     heads: int = 4
@@ -216,6 +221,21 @@ def resolve(config: ml_collections.ConfigDict) -> Experiment:
     return experiment
 
 
+def read(path: Path) -> Experiment:
+    """The experiment of a workdir's config.json; `UserError` if the file is missing or is no such config."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected an object, the resolved config")
+    return _build(Experiment, found, "config")
+
+
+def with_base(experiment: Experiment, workdir: Path) -> Experiment:
+    """The experiment, which starts from the base that was imported to its workdir, unless it names another."""
+    if experiment.model.init or not (workdir / "base").exists():
+        return experiment
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, init="base"))
+
+
 def parse(argv: list[str], values: flags.FlagValues) -> ml_collections.ConfigDict:
     """The config that `--config=recipe.py[:argument]` and `--config.a.b=value` in `argv` describe, locked.
 
@@ -278,7 +298,10 @@ def _build(kind: Any, values: dict[str, Any], name: str) -> Any:
     for key, value in values.items():
         default = fields[key].default_factory
         section = None if default is dataclasses.MISSING else default
-        built[key] = _build(section, value, f"{name}.{key}") if section else value
+        if section:
+            built[key] = _build(section, value, f"{name}.{key}")
+        else:
+            built[key] = tuple(value) if isinstance(value, list) else value  # JSON has lists
     return kind(**built)
 
 

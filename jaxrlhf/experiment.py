@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxrlhf import checkpoint, model, sharding, weights
 from jaxrlhf.config import Experiment
-from jaxrlhf.data.task import Task
+from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
 from jaxrlhf.split import split, tree_hash
 from jaxrlhf.types import ActorCritic, Frozen, Params, ScalarHead, Scorer, Top
@@ -46,8 +46,15 @@ class Run:
 
     @cached_property
     def arch(self) -> model.Architecture:
-        """The decoder that `config.model` and the tokenizer describe."""
+        """The decoder that `config.model` and the tokenizer describe, or the one that is imported."""
+        if self.config.model.init:
+            return imported_architecture(self.config, self.imported, self.task.tokenizer.size)
         return architecture(self.config, self.task.tokenizer.size)
+
+    @cached_property
+    def imported(self) -> Path:
+        """The Hugging Face directory that `config.model.init` names."""
+        return base_directory(self.config, self.workdir)
 
     @cached_property
     def base(self) -> tuple[Frozen, Top]:
@@ -137,8 +144,27 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
     )
 
 
+def imported_architecture(config: Experiment, directory: Path, vocab_size: int) -> model.Architecture:
+    """The decoder of a Hugging Face directory; `UserError` if the texts of this experiment do not fit it."""
+    arch = weights.architecture(read_json(directory / "config.json"))
+    if vocab_size > arch.vocab_size:
+        raise UserError(
+            f"config.model.init={config.model.init!r} has embeddings for {arch.vocab_size} tokens, its tokenizer "
+            f"{vocab_size}: save the model after resize_token_embeddings({vocab_size})"
+        )
+    length = config.model.prompt_length + config.model.response_length
+    if arch.positions == "learned" and length > arch.max_positions:
+        raise UserError(
+            f"config.model.prompt_length + response_length = {length}, but {config.model.init!r} has positions for "
+            f"{arch.max_positions} tokens"
+        )
+    return arch
+
+
 def base_params(run: Run) -> Params:
-    """The base model: shipped with the package, or what `pretrain` left in this workdir."""
+    """The base model: imported, shipped with the package, or what `pretrain` left in this workdir."""
+    if run.config.model.init:
+        return weights.load(run.imported, run.mesh, jnp.float32)[1]
     name = run.config.pretrain.init
     if name == "scratch":
         like = sharding.place(model.init(run.arch, run.key("init")), run.mesh)

@@ -5,9 +5,11 @@ Nothing here imports JAX, so that measuring other people's outputs starts at onc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     # Lone surrogates can come out of JSON escapes; they are written as they came rather than refused.
     partial.write_text(text, encoding="utf-8", errors="surrogatepass")
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place when all is written, or goes when something fails."""
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # an earlier process ended between the two renames below
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _parse_list(path: Path, text: str) -> list[Any]:

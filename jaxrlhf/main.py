@@ -21,6 +21,10 @@ USAGE = """jaxrlhf COMMAND [flags]
              jaxrlhf evaluate --outputs sft=a.json --outputs rlhf=b.json [--reference=r.json]
                               [--annotations rlhf=ann.json] [--paper_compat] --workdir=runs/mine
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
+  import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
+             jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
+  export     a trained model as a directory that transformers loads:
+             jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|reward --to=DIR
 
 Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jaxrlhf/config.py.
 """
@@ -50,11 +54,14 @@ def _dispatch(argv: list[str]) -> None:
     if command in ("help", "-h", "--help", "--helpfull"):
         print(USAGE, end="")
         return
-    if command not in ("run", *STAGES):
-        raise UserError(f"{command!r} is no command; known are run, {', '.join(STAGES)}")
+    exchanges = {"import": _import, "export": _export}
+    if command not in ("run", *STAGES, *exchanges):
+        raise UserError(f"{command!r} is no command; known are {', '.join(('run', *STAGES, *exchanges))}")
     rest = [argv[0], *argv[2:]]
     if any(a in ("-h", "--help") for a in rest):
         print(USAGE, end="")
+    elif command in exchanges:
+        exchanges[command](rest)
     elif command == "evaluate" and not _has(rest, "config"):
         _evaluate_outputs(rest)
     elif command == "report" and not _has(rest, "config"):
@@ -121,6 +128,33 @@ def _report(workdir: str) -> None:
     print(report.write_report(Path(workdir)))
 
 
+def _import(argv: list[str]) -> None:
+    values = _values()
+    flags.DEFINE_string("from", "", "Hugging Face directory or hub id", flag_values=values)
+    parsed = _parse(argv, values)
+    source, workdir = str(values["from"].value), parsed.workdir
+    if not source:
+        raise UserError("--from=DIR is missing: a Hugging Face directory or hub id, for example facebook/opt-125m")
+    from jaxrlhf import exchange
+
+    print(exchange.import_base(source, Path(workdir)))
+    say(f"{workdir}/base written; `jaxrlhf run --config=RECIPE --workdir={workdir}` starts from it")
+
+
+def _export(argv: list[str]) -> None:
+    values = _values()
+    flags.DEFINE_string("policy", "", "sft | ppo | reward", flag_values=values)
+    flags.DEFINE_string("to", "", "folder to write", flag_values=values)
+    parsed = _parse(argv, values)
+    for name, what in (("policy", "sft, ppo or reward"), ("to", "the folder to write")):
+        if not values[name].value:
+            raise UserError(f"--{name} is missing: {what}")
+    from jaxrlhf import exchange
+
+    exchange.export(Path(parsed.workdir), parsed.policy, Path(parsed.to))
+    say(f"{parsed.to} written; transformers loads it")
+
+
 def _run_stages(command: str, argv: list[str]) -> None:
     from jaxrlhf import config as configs
 
@@ -131,6 +165,7 @@ def _run_stages(command: str, argv: list[str]) -> None:
     _finish_parsing([], values)
     experiment = configs.resolve(parsed)
     workdir = Path(str(values["workdir"].value))
+    experiment = configs.with_base(experiment, workdir)
     _claim(workdir, experiment)
     stages = STAGES if command == "run" else (command,)
     from jaxrlhf import stages as runner

@@ -1,4 +1,4 @@
-"""One decoder-only transformer: a family (OPT, LLaMA, GPT-2) is a row of options, not a class.
+"""One decoder-only transformer: a family (LLaMA, OPT, Gemma 2) is a row of options, not a class.
 
 Axis letters, here and everywhere: B batch, P prompt, R response, T sequence (queries), S keys, D model width,
 F feed-forward width, H heads, G key/value heads, K head width, V vocabulary, L layers, N samples a prompt.
@@ -27,6 +27,7 @@ MASKED = -1e30  # finite, so that a row with every key masked (left padding) sta
 class Architecture:
     """Sizes and options of a decoder; hashable, so that it can be static under `jit`."""
 
+    family: str  # whose names a checkpoint of it has
     vocab_size: int
     layers: int
     width: int
@@ -35,56 +36,65 @@ class Architecture:
     head_width: int
     ff_width: int
     max_positions: int  # of learned positions; rotary ones have no limit
-    norm: str  # rms | layer
-    norm_eps: float
-    positions: str  # rope | learned
-    position_offset: int  # OPT's table starts two rows later
-    rope_theta: float
-    activation: str  # silu | relu | gelu_tanh
-    gated: bool  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    bias: bool
-    tied: bool  # the output head is the embedding table
+    norm: str = "rms"  # rms | rms_plus_one (its scale is 1 + the parameter) | layer
+    norm_eps: float = 1e-5
+    norm_place: str = "pre"  # pre | post | both: before a branch, on the sum after it, before and after the branch
+    final_norm: bool = True
+    qk_norm: bool = False  # of each head's queries and keys
+    positions: str = "rope"  # rope | learned
+    position_offset: int = 0  # OPT's table starts two rows later
+    rope_theta: float = 10_000.0
+    rope_share: float = 1.0  # of a head's width is rotated, rounded down
+    rope_scaling: tuple[str | float, ...] = ()  # ("linear", factor) | ("llama3", factor, low, high, original context)
+    query_scalar: float = 0.0  # scores are divided by its root; 0 = the head width
+    attn_softcap: float = 0.0  # c * tanh(score / c); 0 = off
+    final_softcap: float = 0.0  # the same on the logits
+    windows: tuple[int, ...] = ()  # keys that each layer's queries see, their own included; 0 = all; () = no windows
+    parallel: bool = False  # attention and feed-forward read the same input
+    activation: str = "silu"  # silu | relu | gelu | gelu_tanh
+    gated: bool = True  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    embed_scaled: bool = False  # embeddings times the root of the width
+    embed_width: int = 0  # of tokens, projected in and out; 0 = the width, no projections
+    tied: bool = True  # the output head is the embedding table
+
+    @property
+    def token_width(self) -> int:
+        """The width of token embeddings and of the output head."""
+        return self.embed_width or self.width
 
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "norm": "rms",
-        "norm_eps": 1e-5,
-        "positions": "rope",
-        "position_offset": 0,
-        "rope_theta": 10_000.0,
-        "activation": "silu",
-        "gated": True,
-        "bias": False,
-        "tied": True,
-    },
-    "opt": {
-        "norm": "layer",
-        "norm_eps": 1e-5,
-        "positions": "learned",
-        "position_offset": 2,
-        "rope_theta": 0.0,
-        "activation": "relu",
-        "gated": False,
-        "bias": True,
-        "tied": True,
-    },
-    "gpt2": {
-        "norm": "layer",
-        "norm_eps": 1e-5,
-        "positions": "learned",
-        "position_offset": 0,
-        "rope_theta": 0.0,
+_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+_LEARNED = {"norm": "layer", "positions": "learned", "gated": False} | _BIASES
+# What differs from LLaMA, whose options are the defaults.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "opt": _LEARNED | {"position_offset": 2, "activation": "relu"},
+    "gpt2": _LEARNED | {"activation": "gelu_tanh"},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True, "norm_eps": 1e-6},
+    "qwen3": {"qk_norm": True, "norm_eps": 1e-6},
+    "gpt_neox": _BIASES
+    | {"norm": "layer", "gated": False, "activation": "gelu", "parallel": True, "rope_share": 0.25, "tied": False},
+    "gemma2": {
+        "norm": "rms_plus_one",
+        "norm_eps": 1e-6,
+        "norm_place": "both",
+        "query_scalar": 256,
+        "attn_softcap": 50.0,
+        "final_softcap": 30.0,
         "activation": "gelu_tanh",
-        "gated": False,
-        "bias": True,
-        "tied": True,
+        "embed_scaled": True,
     },
 }
+FAMILIES = {family: {"family": family} | options for family, options in _OPTIONS.items()}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
@@ -97,7 +107,9 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+        plus_one = self.arch.norm == "rms_plus_one"
+        start = nn.initializers.zeros if plus_one else nn.initializers.ones
+        scale = self.param("scale", start, (width,), jnp.float32) + (1.0 if plus_one else 0.0)
         x32 = x.astype(jnp.float32)
         if self.arch.norm == "layer":
             x32 = x32 - x32.mean(-1, keepdims=True)
@@ -108,44 +120,97 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward. `attend(q, k, v)` decides what is attended to, and owns the cache."""
+    """Attention and feed-forward. `attend(q, k, v)` decides what is attended to, and owns the cache."""
 
     arch: Architecture
 
     @nn.compact
     def __call__(self, h_BTD: jax.Array, position_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
         a = self.arch
-        x = Norm(a, name="attn_norm")(h_BTD)
-        q_BTHK = nn.DenseGeneral((a.heads, a.head_width), use_bias=a.bias, name="q")(x)
-        k_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.bias, name="k")(x)
-        v_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.bias, name="v")(x)
-        if a.positions == "rope":
-            q_BTHK, k_BTGK = rotate(q_BTHK, position_BT, a.rope_theta), rotate(k_BTGK, position_BT, a.rope_theta)
-        out_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
-        h_BTD = h_BTD + nn.DenseGeneral(a.width, axis=(-2, -1), use_bias=a.bias, name="o")(out_BTHK)
-        x = Norm(a, name="mlp_norm")(h_BTD)
-        act = ACTIVATIONS[a.activation]
-        up_BTF = nn.Dense(a.ff_width, use_bias=a.bias, name="up")(x)
-        hidden_BTF = act(nn.Dense(a.ff_width, use_bias=a.bias, name="gate")(x)) * up_BTF if a.gated else act(up_BTF)
-        return h_BTD + nn.Dense(a.width, use_bias=a.bias, name="down")(hidden_BTF), kept
+        attn_norm, mlp_norm = Norm(a, name="attn_norm"), Norm(a, name="mlp_norm")
+        attn_BTD, kept = _attention(a, h_BTD if a.norm_place == "post" else attn_norm(h_BTD), position_BT, attend)
+        if a.norm_place == "both":
+            attn_BTD = Norm(a, name="attn_post_norm")(attn_BTD)
+        if a.parallel:
+            return h_BTD + attn_BTD + _feed_forward(a, mlp_norm(h_BTD)), kept
+        h_BTD = h_BTD + attn_BTD
+        if a.norm_place == "post":
+            h_BTD = attn_norm(h_BTD)
+            return mlp_norm(h_BTD + _feed_forward(a, h_BTD)), kept
+        mlp_BTD = _feed_forward(a, mlp_norm(h_BTD))
+        return h_BTD + (Norm(a, name="mlp_post_norm")(mlp_BTD) if a.norm_place == "both" else mlp_BTD), kept
 
 
-def rotate(x_BTHK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves paired as LLaMA's checkpoints have them."""
-    half = x_BTHK.shape[-1] // 2
-    frequency_K = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def _attention(a: Architecture, x_BTD: jax.Array, position_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+    q_BTHK = nn.DenseGeneral((a.heads, a.head_width), use_bias=a.qkv_bias, name="q")(x_BTD)
+    k_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="k")(x_BTD)
+    v_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="v")(x_BTD)
+    if a.qk_norm:
+        q_BTHK, k_BTGK = Norm(a, name="q_norm")(q_BTHK), Norm(a, name="k_norm")(k_BTGK)
+    if a.positions == "rope":
+        frequency_K = frequencies(a)
+        q_BTHK, k_BTGK = rotate(q_BTHK, position_BT, frequency_K), rotate(k_BTGK, position_BT, frequency_K)
+    out_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
+    return nn.DenseGeneral(a.width, axis=(-2, -1), use_bias=a.o_bias, name="o")(out_BTHK), kept
+
+
+def _feed_forward(a: Architecture, x_BTD: jax.Array) -> jax.Array:
+    act = ACTIVATIONS[a.activation]
+    up_BTF = nn.Dense(a.ff_width, use_bias=a.mlp_bias, name="up")(x_BTD)
+    hidden_BTF = act(nn.Dense(a.ff_width, use_bias=a.mlp_bias, name="gate")(x_BTD)) * up_BTF if a.gated else act(up_BTF)
+    return nn.Dense(a.width, use_bias=a.mlp_bias, name="down")(hidden_BTF)
+
+
+def frequencies(arch: Architecture) -> jax.Array:
+    """Radians a position of each rotated pair; f32 [K/2], less where only a share of the width is rotated.
+
+    "linear" divides them all by its factor. "llama3" (Dubey et al. 2024) divides those of waves longer than the
+    original context / low, keeps those of waves shorter than context / high, and goes from one to the other between.
+    """
+    half = int(arch.head_width * arch.rope_share) // 2
+    frequency_K = arch.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if not arch.rope_scaling:
+        return frequency_K
+    kind, factor, *rest = arch.rope_scaling
+    if kind == "linear":
+        return frequency_K / factor
+    low, high, context = rest
+    kept_K = jnp.clip((context * frequency_K / (2 * jnp.pi) - low) / (high - low), 0.0, 1.0)
+    return (1 - kept_K) * frequency_K / factor + kept_K * frequency_K
+
+
+def rotate(x_BTHK: jax.Array, position_BT: jax.Array, frequency_K: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves paired as LLaMA's checkpoints have them.
+
+    The first 2 x len(frequency_K) of the width are rotated, the rest passes.
+    """
+    half = len(frequency_K)
     angle_BT1K = position_BT[..., None, None].astype(jnp.float32) * frequency_K
     cos, sin = jnp.cos(angle_BT1K), jnp.sin(angle_BT1K)
-    low, high = x_BTHK[..., :half].astype(jnp.float32), x_BTHK[..., half:].astype(jnp.float32)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x_BTHK.dtype)
+    low, high = x_BTHK[..., :half].astype(jnp.float32), x_BTHK[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x_BTHK.dtype)
+    return jnp.concatenate([turned, x_BTHK[..., 2 * half :]], -1) if 2 * half < x_BTHK.shape[-1] else turned
 
 
-def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def scaled(arch: Architecture, score: jax.Array) -> jax.Array:
+    """Dot products of queries and keys as the softmax takes them."""
+    score = score * (arch.query_scalar or arch.head_width) ** -0.5
+    return softcap(score, arch.attn_softcap)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """Values squashed into (-cap, cap); 0 = as they are."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attention(
+    arch: Architecture, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
     """Scaled dot-product attention with grouped queries; softmax in f32. Returns [B, T, H, K]."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q = q_BTHK.reshape(B, T, G, H // G, K)
-    score = jnp.einsum("btgqk,bsgk->bgqts", q, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
+    score = scaled(arch, jnp.einsum("btgqk,bsgk->bgqts", q, k_BSGK, preferred_element_type=jnp.float32))
     weight = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], score, MASKED), axis=-1)
     return jnp.einsum("bgqts,bsgk->btgqk", weight.astype(v_BSGK.dtype), v_BSGK).reshape(B, T, H, K)
 
@@ -161,6 +226,11 @@ def causal(mask_BT: jax.Array) -> jax.Array:
     return jnp.tril(jnp.ones((T, T), jnp.bool_)) & (mask_BT > 0)[:, None, :]
 
 
+def depth(blocks: Params) -> int:
+    """How many blocks are stacked."""
+    return jax.tree.leaves(blocks)[0].shape[0]
+
+
 def run_blocks(
     arch: Architecture,
     blocks: Params,
@@ -168,21 +238,38 @@ def run_blocks(
     position_BT: jax.Array,
     mask_BTS: jax.Array,
     keep: bool = False,
+    first: int = 0,
 ) -> tuple[jax.Array, Any]:
-    """Runs stacked blocks over whole sequences; with `keep`, also returns keys and values as [L, B, S, G, K] each."""
+    """Runs stacked blocks, the model's `first` and on, over whole sequences.
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        return attention(q, k, v, mask_BTS), (k, v) if keep else None
+    With `keep`, also returns keys and values as [L, B, S, G, K] each.
+    """
+    distance_BTS = position_BT[:, :, None] - position_BT[:, None, :]
+    # None where no layer has a window: the scan then has nothing but the blocks to carry.
+    window_L = None
+    if arch.windows:
+        everything = jnp.iinfo(jnp.int32).max
+        window_L = jnp.asarray([w or everything for w in arch.windows], jnp.int32)[first : first + depth(blocks)]
 
-    def body(h: jax.Array, block: Params) -> tuple[jax.Array, Any]:
+    def body(h: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, Any]:
+        block, window = layer
+        seen_BTS = mask_BTS if window is None else mask_BTS & (distance_BTS < window)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            return attention(arch, q, k, v, seen_BTS), (k, v) if keep else None
+
         return Block(arch).apply({"params": block}, h, position_BT, attend)  # pyright: ignore[reportReturnType]
 
-    return jax.lax.scan(body, h_BTD, blocks)
+    return jax.lax.scan(body, h_BTD, (blocks, window_L))
 
 
 def embed(arch: Architecture, table: Params, token_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
     """Token embeddings, plus learned positions where the family has them. [B, T, D]."""
     h_BTD = table["tokens"][token_BT]
+    if arch.embed_scaled:
+        h_BTD = h_BTD * jnp.asarray(arch.width**0.5, h_BTD.dtype)
+    if arch.embed_width:
+        h_BTD = h_BTD @ table["project_in"]
     if arch.positions == "learned":
         h_BTD = h_BTD + table["positions"][position_BT + arch.position_offset]
     return h_BTD
@@ -201,12 +288,15 @@ def run_top(arch: Architecture, top: Top, token_BT: jax.Array, hidden_BTD: jax.A
     """The trained part on the trunk's output: the final normalised hidden states [B, T, D]."""
     position_BT = positions(mask_BT)
     h_BTD = embed(arch, top.embed, token_BT, position_BT) if top.embed else hidden_BTD
-    h_BTD = run_blocks(arch, top.blocks, h_BTD, position_BT, causal(mask_BT))[0]
+    first = arch.layers - depth(top.blocks)
+    h_BTD = run_blocks(arch, top.blocks, h_BTD, position_BT, causal(mask_BT), first=first)[0]
     return final_norm(arch, top, h_BTD)
 
 
 def final_norm(arch: Architecture, top: Top, h_BTD: jax.Array) -> jax.Array:
-    """The norm before the output head."""
+    """The norm before the output head, where there is one."""
+    if not arch.final_norm:
+        return h_BTD
     return Norm(arch).apply({"params": top.final_norm}, h_BTD)  # pyright: ignore[reportReturnType]
 
 
@@ -214,7 +304,10 @@ def logits(arch: Architecture, frozen: Frozen, top: Top, final_BTD: jax.Array) -
     """Next-token logits [B, T, V] in f32, from final hidden states."""
     holder = frozen if (frozen.embed or frozen.lm_head) else top
     table_VD = holder.embed["tokens"] if arch.tied else holder.lm_head["kernel"]
-    return jnp.einsum("...d,vd->...v", final_BTD, table_VD, preferred_element_type=jnp.float32)
+    if arch.embed_width:
+        final_BTD = final_BTD @ holder.embed["project_out"]
+    logits_BTV = jnp.einsum("...d,vd->...v", final_BTD, table_VD, preferred_element_type=jnp.float32)
+    return softcap(logits_BTV, arch.final_softcap)
 
 
 def init(arch: Architecture, key: jax.Array) -> Params:
@@ -229,19 +322,22 @@ def init(arch: Architecture, key: jax.Array) -> Params:
     mask_BTS = jnp.ones((1, 1, 1), jnp.bool_)
 
     def one(key: jax.Array) -> Params:
-        attend: Attend = lambda q, k, v: (attention(q, k, v, mask_BTS), None)  # noqa: E731
+        attend: Attend = lambda q, k, v: (attention(arch, q, k, v, mask_BTS), None)  # noqa: E731
         return _near_identity(dict(Block(arch).init(key, h_BTD, position_BT, attend)["params"]))
 
     scale = arch.width**-0.5
-    table = {"tokens": scale * jax.random.normal(key_embed, (arch.vocab_size, arch.width), jnp.float32)}
+    table = {"tokens": scale * jax.random.normal(key_embed, (arch.vocab_size, arch.token_width), jnp.float32)}
     if arch.positions == "learned":
         rows = arch.max_positions + arch.position_offset
         table["positions"] = 0.02 * jax.random.normal(key_position, (rows, arch.width), jnp.float32)
+    if arch.embed_width:
+        project_DE = arch.width**-0.5 * jax.random.normal(key_position, (arch.width, arch.embed_width), jnp.float32)
+        table |= {"project_in": project_DE.T, "project_out": project_DE}
     head = {} if arch.tied else {"kernel": scale * jax.random.normal(key_head, table["tokens"].shape, jnp.float32)}
     return {
         "embed": table,
         "blocks": jax.vmap(one)(jax.random.split(key_blocks, arch.layers)),
-        "final_norm": Norm(arch).init(key_embed, h_BTD)["params"],
+        "final_norm": Norm(arch).init(key_embed, h_BTD)["params"] if arch.final_norm else {},
         "lm_head": head,
     }
 

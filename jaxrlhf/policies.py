@@ -85,7 +85,8 @@ def respond(
 def decode(run: Run, token_BR: jax.Array, mask_BR: jax.Array) -> list[str]:
     """Responses as text, end-of-text and padding apart."""
     lengths = np.asarray(mask_BR).sum(1).astype(int)
-    return [run.task.tokenizer.decode(row[:n].tolist()) for row, n in zip(np.asarray(token_BR), lengths, strict=True)]
+    rows = [row[:n].tolist() for row, n in zip(np.asarray(token_BR), lengths, strict=True)]
+    return [run.task.tokenizer.decode_response(row) for row in rows]
 
 
 def generation(run: Run) -> sampling.Generation:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import model
-from jaxrlhf.types import Frozen, Params, Sample, Top
+from jaxrlhf.types import Frozen, Sample, Top
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ def sample(
     M, R = B * samples, gen.max_tokens
     final_B1D, prefix = _prefill(arch, frozen, top, prompt_BP, mask_BP)
     logits_MV = jnp.repeat(model.logits(arch, frozen, top, final_B1D)[:, 0], samples, axis=0)
-    layers = [
-        jax.tree.map(lambda x, i=i: x[i], part) for part in (frozen.blocks, top.blocks) for i in range(_depth(part))
-    ]
+    parts = (frozen.blocks, top.blocks)
+    layers = [jax.tree.map(lambda x, i=i: x[i], part) for part in parts for i in range(model.depth(part))]
     length_M = jnp.repeat(mask_BP.sum(-1).astype(jnp.int32), samples)
     empty = jnp.zeros((M, arch.kv_heads, R, arch.head_width), prefix[0][0].dtype)
     state = _Decoding(
@@ -110,18 +109,16 @@ def sample(
     return Sample(tokens_BR=state.tokens_MR, mask_BR=state.mask_MR, logp_BR=state.logp_MR, finished_B=state.done_M)
 
 
-def _depth(blocks: Params) -> int:
-    return jax.tree.leaves(blocks)[0].shape[0]
-
-
 def _prefill(arch, frozen, top, prompt_BP, mask_BP) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """Final hidden state at the prompts' last token [B, 1, D], and each layer's keys and values [B, G, P, K]."""
     position_BP, mask_BPS = model.positions(mask_BP), model.causal(mask_BP)
     h_BPD = model.embed(arch, frozen.embed or top.embed, prompt_BP, position_BP)
     prefix = []
     for blocks in (frozen.blocks, top.blocks):
-        h_BPD, (k_LBPGK, v_LBPGK) = model.run_blocks(arch, blocks, h_BPD, position_BP, mask_BPS, keep=True)
-        prefix += [(k_LBPGK[i].swapaxes(1, 2), v_LBPGK[i].swapaxes(1, 2)) for i in range(_depth(blocks))]
+        h_BPD, (k_LBPGK, v_LBPGK) = model.run_blocks(
+            arch, blocks, h_BPD, position_BP, mask_BPS, keep=True, first=len(prefix)
+        )
+        prefix += [(k_LBPGK[i].swapaxes(1, 2), v_LBPGK[i].swapaxes(1, 2)) for i in range(model.depth(blocks))]
     return model.final_norm(arch, top, h_BPD[:, -1:]), prefix
 
 
@@ -146,26 +143,32 @@ def _advance(arch, frozen, top, layers, prefix, mask_BP, length_M, s: _Decoding)
     position_M1 = (length_M + s.step)[:, None]
     h_M1D = model.embed(arch, frozen.embed or top.embed, s.token_M[:, None], position_M1)
     cache = []
-    for block, shared, own in zip(layers, prefix, s.cache, strict=True):
-        attend = partial(_attend, shared=shared, own=own, mask_BP=mask_BP, step=s.step)
+    windows = arch.windows or (0,) * arch.layers
+    for block, shared, own, window in zip(layers, prefix, s.cache, windows, strict=True):
+        attend = partial(_attend, arch, window, shared=shared, own=own, mask_BP=mask_BP, step=s.step)
         h_M1D, kept = model.Block(arch).apply({"params": block}, h_M1D, position_M1, attend)
         cache.append(kept)
     return model.final_norm(arch, top, h_M1D), cache
 
 
-def _attend(q_M1HK, k_M1GK, v_M1GK, *, shared, own, mask_BP, step):
+def _attend(arch, window, q_M1HK, k_M1GK, v_M1GK, *, shared, own, mask_BP, step):
     """One query a row over prefix keys [B, G, P, K] (never repeated N times) and suffix keys [M, G, R, K]."""
     M, _, H, K = q_M1HK.shape
     (B, G, P, _), R = shared[0].shape, own[0].shape[2]
     N, Q = M // B, H // G
+    seen_BP, seen_R = mask_BP > 0, jnp.arange(R) <= step
+    if window:
+        position_B1 = mask_BP.sum(-1, keepdims=True).astype(jnp.int32) + step
+        seen_BP &= position_B1 - model.positions(mask_BP) < window
+        seen_R &= step - jnp.arange(R) < window
     k_MGRK = jax.lax.dynamic_update_slice_in_dim(own[0], k_M1GK.swapaxes(1, 2), step, axis=2)
     v_MGRK = jax.lax.dynamic_update_slice_in_dim(own[1], v_M1GK.swapaxes(1, 2), step, axis=2)
     q_BGXK = q_M1HK.reshape(B, N, G, Q, K).swapaxes(1, 2).reshape(B, G, N * Q, K)
     prefix_BGXP = jnp.einsum("bgxk,bgpk->bgxp", q_BGXK, shared[0], preferred_element_type=jnp.float32)
-    prefix_BGXP = jnp.where(mask_BP[:, None, None] > 0, prefix_BGXP * K**-0.5, model.MASKED)
+    prefix_BGXP = jnp.where(seen_BP[:, None, None], model.scaled(arch, prefix_BGXP), model.MASKED)
     prefix_MGQP = prefix_BGXP.reshape(B, G, N, Q, P).swapaxes(1, 2).reshape(M, G, Q, P)
     suffix_MGQR = jnp.einsum("mgqk,mgrk->mgqr", q_M1HK.reshape(M, G, Q, K), k_MGRK, preferred_element_type=jnp.float32)
-    suffix_MGQR = jnp.where(jnp.arange(R) <= step, suffix_MGQR * K**-0.5, model.MASKED)
+    suffix_MGQR = jnp.where(seen_R, model.scaled(arch, suffix_MGQR), model.MASKED)
     weight = jax.nn.softmax(jnp.concatenate([prefix_MGQP, suffix_MGQR], -1), axis=-1).astype(v_MGRK.dtype)
     weight_BGXP = weight[..., :P].reshape(B, N, G, Q, P).swapaxes(1, 2).reshape(B, G, N * Q, P)
     out_BGXK = jnp.einsum("bgxp,bgpk->bgxk", weight_BGXP, shared[1])

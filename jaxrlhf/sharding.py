@@ -19,6 +19,7 @@ Tree = TypeVar("Tree")
 # First match wins; a leaf that matches nothing is an error. Blocks carry a leading layer axis.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/(tokens|positions)$", P("tensor", "fsdp")),
+    (r"embed/project_(in|out)$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("tensor", "fsdp")),
     (r"blocks/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),
     (r"blocks/o/kernel$", P(None, "tensor", None, "fsdp")),

@@ -32,6 +32,8 @@ def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_fi
                 print(report.write_report(workdir))
             else:
                 say(f"{title}: complete; see {workdir / 'report' / 'index.html'}")
+        elif stage == "pretrain" and config.model.init:
+            say(f"{title}: the base is imported from {config.model.init}")
         elif stage == "pretrain" and config.pretrain.init != "scratch":
             say(f"{title}: the base {config.pretrain.init!r} is shipped; --config.pretrain.init=scratch makes it anew")
         else:

@@ -1,8 +1,8 @@
 """Parameters in safetensors: our stacked tree in one flat file, and Hugging Face directories in and out.
 
-A row of `NAMES` pairs one of our leaves with one of their tensors. Layouts follow from the leaf: our kernels are
-[inputs..., outputs...] with heads apart; theirs are matrices, [outputs, inputs] where they use Linear (OPT, LLaMA)
-and [inputs, outputs] where they use Conv1D (GPT-2), whose `#i` rows are thirds of a fused matrix.
+Layouts follow from the leaf: our kernels are [inputs..., outputs...] with heads apart; theirs are matrices, [outputs,
+inputs] where they use Linear and [inputs, outputs] where they use Conv1D (GPT-2). Queries, keys and values fused into
+one tensor lie there one after the other (GPT-2) or head by head (GPT-NeoX).
 """
 
 from __future__ import annotations
@@ -11,132 +11,34 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxrlhf import model
+from jaxrlhf import families, model, sharding
+from jaxrlhf.config import Mesh
+from jaxrlhf.families import architecture, listed
 from jaxrlhf.files import UserError, read_json, write_json
-from jaxrlhf.types import Params
+from jaxrlhf.types import Params, ScalarHead
 
-
-def _rows(norms: Mapping[str, str], linears: Mapping[str, str], biases: bool) -> dict[str, str]:
-    rows = {}
-    for weight, table in (("scale", norms), ("kernel", linears)):
-        for ours, theirs in table.items():
-            name, part = (*theirs.split("#"), "")[:2]
-            for leaf, suffix in ((weight, "weight"), ("bias", "bias")) if biases else ((weight, "weight"),):
-                rows[f"{ours}/{leaf}"] = f"{name}.{suffix}" + (f"#{part}" if part else "")
-    return rows
-
-
-# Ours: theirs, without the prefix that a model with an output head adds to its base model's names.
-NAMES: dict[str, dict[str, str]] = {
-    "llama": {"embed/tokens": "embed_tokens.weight"}
-    | _rows(
-        norms={
-            "blocks/attn_norm": "layers.{}.input_layernorm",
-            "blocks/mlp_norm": "layers.{}.post_attention_layernorm",
-            "final_norm": "norm",
-        },
-        linears={
-            "blocks/q": "layers.{}.self_attn.q_proj",
-            "blocks/k": "layers.{}.self_attn.k_proj",
-            "blocks/v": "layers.{}.self_attn.v_proj",
-            "blocks/o": "layers.{}.self_attn.o_proj",
-            "blocks/gate": "layers.{}.mlp.gate_proj",
-            "blocks/up": "layers.{}.mlp.up_proj",
-            "blocks/down": "layers.{}.mlp.down_proj",
-        },
-        biases=False,
-    ),
-    "opt": {"embed/tokens": "embed_tokens.weight", "embed/positions": "embed_positions.weight"}
-    | _rows(
-        norms={
-            "blocks/attn_norm": "layers.{}.self_attn_layer_norm",
-            "blocks/mlp_norm": "layers.{}.final_layer_norm",
-            "final_norm": "final_layer_norm",
-        },
-        linears={
-            "blocks/q": "layers.{}.self_attn.q_proj",
-            "blocks/k": "layers.{}.self_attn.k_proj",
-            "blocks/v": "layers.{}.self_attn.v_proj",
-            "blocks/o": "layers.{}.self_attn.out_proj",
-            "blocks/up": "layers.{}.fc1",
-            "blocks/down": "layers.{}.fc2",
-        },
-        biases=True,
-    ),
-    "gpt2": {"embed/tokens": "wte.weight", "embed/positions": "wpe.weight"}
-    | _rows(
-        norms={"blocks/attn_norm": "h.{}.ln_1", "blocks/mlp_norm": "h.{}.ln_2", "final_norm": "ln_f"},
-        linears={
-            "blocks/q": "h.{}.attn.c_attn#0",
-            "blocks/k": "h.{}.attn.c_attn#1",
-            "blocks/v": "h.{}.attn.c_attn#2",
-            "blocks/o": "h.{}.attn.c_proj",
-            "blocks/up": "h.{}.mlp.c_fc",
-            "blocks/down": "h.{}.mlp.c_proj",
-        },
-        biases=True,
-    ),
-}
-HEAD = "lm_head.weight"
-PREFIXES = {"llama": ("model.", ""), "opt": ("model.decoder.", "decoder.", ""), "gpt2": ("transformer.", "")}
+SCORE = "score.weight"
+Read = Callable[[str], np.ndarray]
 # What older checkpoints store beside their weights, all of it following from the config.
-BUFFERS = re.compile(r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-
-# Fields of `model.Architecture`: their names in config.json.
-_COMMON = {
-    "vocab_size": "vocab_size",
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "max_positions": "max_position_embeddings",
-    "tied": "tie_word_embeddings",
-}
-FIELDS: dict[str, dict[str, str]] = {
-    "llama": _COMMON
-    | {
-        "kv_heads": "num_key_value_heads",
-        "head_width": "head_dim",
-        "ff_width": "intermediate_size",
-        "norm_eps": "rms_norm_eps",
-    },
-    "opt": _COMMON | {"ff_width": "ffn_dim"},
-    "gpt2": _COMMON
-    | {
-        "layers": "n_layer",
-        "width": "n_embd",
-        "heads": "n_head",
-        "ff_width": "n_inner",
-        "max_positions": "n_positions",
-        "norm_eps": "layer_norm_epsilon",
-    },
-}
-# Options of which the decoder implements only these values.
-IMPLEMENTED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "llama": {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)},
-    "opt": {
-        "do_layer_norm_before": (True,),
-        "_remove_final_layer_norm": (False,),
-        "enable_bias": (True,),
-        "layer_norm_elementwise_affine": (True,),
-        "activation_function": ("relu",),
-    },
-    "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    },
-}
+BUFFERS = re.compile(
+    r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$"
+)
+STORED = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
 def save_params(path: Path, params: Params, metadata: Mapping[str, str]) -> None:
@@ -146,164 +48,221 @@ def save_params(path: Path, params: Params, metadata: Mapping[str, str]) -> None
 
 def load_params(path: Path) -> tuple[Params, dict[str, str]]:
     """Reads what `save_params` wrote of whole parameters, and its metadata; `UserError` if the file is not whole."""
-    with contextlib.ExitStack() as stack:
-        file = _open(path, stack)
-        flat = {name: _tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata() or {})
-    params = traverse_util.unflatten_dict(flat, sep="/")
+    with _open(path) as file:
+        names, metadata = list(file.keys()), dict(file.metadata() or {})
+    params = traverse_util.unflatten_dict({name: _tensor(path, name) for name in names}, sep="/")
     for name in ("embed", "blocks", "final_norm", "lm_head"):
         params.setdefault(name, {})
     return params, metadata
 
 
-def load(directory: Path) -> tuple[model.Architecture, Params]:
+def directory_of(name: str, key: str) -> Path:
+    """The directory of that name, or the hub's snapshot of that id, fetched where it is not in the local cache.
+
+    Raises:
+      UserError: neither is to be had; names the config's `key`.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+    except (OSError, ValueError) as error:  # all that the hub's client raises for want of a name, a right, a network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}={name!r}: no such directory, and not to be had from the hub ({reason})") from None
+
+
+def load(directory: Path, mesh: DeviceMesh | None = None, dtype: Any = None) -> tuple[model.Architecture, Params]:
     """Reads a Hugging Face directory: config.json and model.safetensors, or its shards and their index.
 
-    Returns the architecture and numpy parameters as `model.init` lays them out, in the types they are stored in.
+    Tensors are read one at a time straight to their place on the mesh, so that beside the result the host never holds
+    more than one of them.
+
+    Args:
+      directory: with config.json.
+      mesh: where parameters go, by `sharding.RULES`; all devices, each with a copy, where none is given.
+      dtype: what they become; as stored where none is given.
+
+    Returns the architecture and the parameters as `model.init` lays them out.
 
     Raises:
       UserError: a file is missing or broken, the config has an option that the decoder lacks, or a tensor is missing,
         unexpected or of the wrong shape; all are named.
     """
+    arch, flat, _ = _load(directory, mesh, dtype, False)
+    return arch, {"final_norm": {}, "lm_head": {}} | traverse_util.unflatten_dict(flat, sep="/")
+
+
+def load_reward(
+    directory: Path, mesh: DeviceMesh | None = None, dtype: Any = None
+) -> tuple[model.Architecture, Params, ScalarHead]:
+    """Reads a reward model that AutoModelForSequenceClassification loads, with one label: `export_reward`'s inverse.
+
+    Returns its parameters without an output head, and its read-out, to which the config's `jaxrlhf_score_bias` belongs.
+    For the rest see `load`.
+    """
     config = read_json(directory / "config.json")
-    arch = architecture(config)
-    family = config["model_type"]
-    with contextlib.ExitStack() as stack:
-        stored: dict[str, tuple[Path, Any]] = {}
-        for path in _weight_files(directory):
-            file = _open(path, stack)
-            stored |= dict.fromkeys(file.keys(), (path, file))
+    arch, flat, score_1D = _load(directory, mesh, dtype, True)
+    w_D = score_1D[0].astype(np.float32)
+    if arch.embed_width:
+        w_D = np.asarray(flat["embed/project_out"], np.float32) @ w_D
+    params = {"final_norm": {}, "lm_head": {}} | traverse_util.unflatten_dict(flat, sep="/")
+    head = ScalarHead(w_D=jnp.asarray(w_D), b=jnp.float32(config.get("jaxrlhf_score_bias", 0.0)))
+    return arch, params, head
 
-        def read(name: str) -> np.ndarray:
-            path, file = stored[name]
-            array = _tensor(path, file, name)
-            if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise UserError(f"{path}: tensor {name} is {array.dtype}; expected f32, f16 or bf16")
-            return array
 
-        prefix = next((p for p in PREFIXES[family] if p + NAMES[family]["embed/tokens"] in stored), PREFIXES[family][0])
-        names = _names(family, arch, prefix)
-        _check_names(directory, arch, names, set(stored), read)
-        shapes = _shapes(arch)
-        flat = {ours: _import(family, ours, names[ours], shapes[ours], read, directory) for ours in names}
-    return arch, {"lm_head": {}} | traverse_util.unflatten_dict(flat, sep="/")
+def _load(
+    directory: Path, mesh: DeviceMesh | None, dtype: Any, reward: bool
+) -> tuple[model.Architecture, dict[str, Any], np.ndarray]:
+    arch = architecture(read_json(directory / "config.json"))
+    stored = _stored(directory)
+    stack_of, kinds = partial(re.sub, r"\.\d+\.", ".{}."), dict[str, np.dtype]()
+
+    def read(name: str) -> np.ndarray:
+        array = _tensor(stored[name], name)
+        if array.dtype not in STORED:
+            raise UserError(f"{stored[name]}: tensor {name} is {array.dtype}; expected f32, f16 or bf16")
+        if dtype is None and array.dtype != kinds.setdefault(stack_of(name), array.dtype):
+            raise UserError(f"{stored[name]}: tensor {name} is {array.dtype}, unlike the same of other layers")
+        return array
+
+    shapes = {leaf: shape for leaf, shape in _shapes(arch).items() if not (reward and leaf == "lm_head/kernel")}
+    prefix = next((p for p in families.PREFIXES[arch.family] if _name(arch, "embed/tokens", p) in stored), "")
+    names = {leaf: _name(arch, leaf, prefix) for leaf in shapes}
+    score = _score(directory, arch, stored, read) if reward else np.zeros((1, 0), np.float32)
+    _check_names(directory, arch, names, {k: v for k, v in stored.items() if not (reward and k == SCORE)}, read)
+    mesh = mesh or sharding.make_mesh(Mesh())
+    flat = {}
+    for leaf, shape in shapes.items():
+        place = NamedSharding(mesh, sharding.spec(leaf, shape, mesh))
+        layer = partial(_layer, arch, leaf, names[leaf], shape, read, stored)
+        flat[leaf] = _stack(layer, shape, place, dtype) if _stacked(leaf) else _place(layer(0), place, dtype)
+    return arch, flat, score
+
+
+def _score(directory: Path, arch: model.Architecture, stored: Mapping[str, Path], read: Read) -> np.ndarray:
+    """The read-out [1, E] of a reward model, E the width that the output head reads."""
+    if SCORE not in stored:
+        raise UserError(f"{directory}: no tensor {SCORE}: not a reward model (AutoModelForSequenceClassification)")
+    array, wanted = read(SCORE), (1, arch.token_width)
+    if array.shape != wanted:
+        raise UserError(f"{directory}: {SCORE} is {list(array.shape)}; a reward model of one label has {list(wanted)}")
+    return array
 
 
 def export(directory: Path, arch: model.Architecture, params: Params, special: Mapping[str, int | None]) -> None:
-    """Writes a Hugging Face directory, config.json and model.safetensors: the inverse of `load`.
+    """Writes a policy as a Hugging Face directory, config.json and model.safetensors: the inverse of `load`.
 
     Args:
       directory: made where missing.
-      arch: its options must be one of the families'.
+      arch: its options must be ones that its family's config can say.
       params: whole parameters, laid out as by `model.init`.
       special: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`, which the config carries.
     """
-    family = next(f for f in FIELDS if model.FAMILIES[f]["activation"] == arch.activation)
-    config: dict[str, Any] = {"model_type": family}
-    config |= {theirs: getattr(arch, ours) for ours, theirs in FIELDS[family].items()} | dict(special)
-    if family == "llama":
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": arch.rope_theta}
-    if family == "opt":
-        config["word_embed_proj_dim"] = arch.width
-    if architecture(config) != arch:
-        raise UserError(f"{directory}: Hugging Face's {family} has no such architecture; nothing was written")
-    flat = traverse_util.flatten_dict(params, sep="/")
-    tensors: dict[str, Any] = {}
-    for ours, theirs in _names(family, arch, PREFIXES[family][0]).items():
-        tensors |= _export(family, ours, theirs, np.asarray(flat[ours]), tensors)
-    _write(directory / "model.safetensors", tensors, {"format": "pt"})
-    write_json(directory / "config.json", config)
+    suffix = "LMHeadModel" if arch.family == "gpt2" else "ForCausalLM"
+    config = families.config_of(arch) | dict(special) | {"architectures": [families.CLASSES[arch.family] + suffix]}
+    _write_directory(directory, config, _tensors(arch, params))
 
 
-def architecture(config: Mapping[str, Any]) -> model.Architecture:
-    """The decoder that a Hugging Face config describes, transformers' defaults filled in.
+def export_reward(
+    directory: Path, arch: model.Architecture, params: Params, head: ScalarHead, special: Mapping[str, int | None]
+) -> None:
+    """Writes a reward model as a Hugging Face directory that AutoModelForSequenceClassification loads (one label).
 
-    Raises:
-      UserError: names the first option that the decoder does not implement, and what it implements.
+    Its `score` has no bias. Ours goes into the final norm's, where the family has one: score(h + w b / |w|²) is
+    score(h) + b. Where it has none, transformers' scores are ours less the config's `jaxrlhf_score_bias`: comparisons
+    are the same. OPT-350m's score is read after `project_out`, which then passes ours alone.
+
+    Args:
+      directory: made where missing.
+      arch: as in `export`.
+      params: whole parameters of the reward model's trunk and top.
+      head: its read-out.
+      special: as in `export`; `pad_token_id` is what tells transformers where a text ends, so it must be given.
     """
-    from transformers import AutoConfig  # seconds to import, and needed here only
-
-    if not isinstance(config, Mapping) or "model_type" not in config or config["model_type"] not in FIELDS:
-        raise UserError(f"config.json: expected an object whose model_type is one of {', '.join(FIELDS)}")
-    family = config["model_type"]
-    if "quantization_config" in config:
-        raise UserError("config.json: quantization_config: quantised weights are not read; use the unquantised model")
-    try:
-        full = AutoConfig.for_model(family, **{k: v for k, v in config.items() if k != "model_type"}).to_dict()
-    except Exception as error:  # whatever transformers raises on a bad value, the value is the user's
-        raise UserError(f"config.json: {' '.join(str(error).split())}") from None
-    for key, values in IMPLEMENTED[family].items():
-        if full[key] not in values:
-            raise UserError(f"config.json: {key}={full[key]!r} is not implemented; known: {_listed(values)}")
-    fields = {ours: full[theirs] for ours, theirs in FIELDS[family].items()}
-    if family == "llama":
-        fields["rope_theta"] = _rope_theta(full["rope_parameters"])
-    if family == "opt" and full["word_embed_proj_dim"] != full["hidden_size"]:
-        raise UserError("config.json: word_embed_proj_dim other than hidden_size is not implemented")
-    if family == "gpt2" and fields["ff_width"] is None:
-        fields["ff_width"] = 4 * fields["width"]
-    fields = {"kv_heads": fields["heads"], "head_width": fields["width"] // max(fields["heads"], 1)} | fields
-    _check_sizes(family, fields)
-    return model.Architecture(**(model.FAMILIES[family] | fields))
+    if special.get("pad_token_id") is None:
+        raise UserError(f"{directory}: a reward model needs a pad_token_id, which tells transformers where texts end")
+    w_D, b = np.asarray(head.w_D, np.float32), float(head.b)
+    tensors = _tensors(arch, params)
+    prefix = families.PREFIXES[arch.family][0]
+    tensors.pop(families.HEADS[arch.family], None)
+    bias = _name(arch, "final_norm/bias", prefix)
+    if bias in tensors and w_D.any():
+        folded = np.asarray(tensors[bias], np.float32) + w_D * (b / float(np.square(w_D, dtype=np.float64).sum()))
+        tensors[bias], b = folded.astype(tensors[bias].dtype), 0.0
+    if arch.embed_width:
+        project = _name(arch, "embed/project_out", prefix)
+        tensors[project] = np.zeros_like(tensors[project])
+        tensors[project][0] = w_D
+        w_D = np.eye(1, arch.embed_width, dtype=np.float32)[0]
+    config = families.config_of(arch) | dict(special) | {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    config |= {"architectures": [families.CLASSES[arch.family] + "ForSequenceClassification"]}
+    _write_directory(directory, config | {"jaxrlhf_score_bias": b}, tensors | {SCORE: w_D[None]})
 
 
-def _rope_theta(rope: Mapping[str, Any]) -> float:
-    known = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-    for key, value in rope.items():
-        if key != "rope_theta" and (key not in known or value != known[key]):
-            raise UserError(f"config.json: rope_parameters.{key}={value!r} is not implemented; known: plain RoPE")
-    return float(rope["rope_theta"])
+def _write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    kind = next(iter(tensors.values())).dtype
+    name = "bfloat16" if kind == ml_dtypes.bfloat16 else str(kind)
+    _write(directory / "model.safetensors", tensors, {"format": "pt"})
+    write_json(directory / "config.json", {**config, "dtype": name})
 
 
-def _check_sizes(family: str, fields: Mapping[str, Any]) -> None:
-    names = FIELDS[family]
-    for ours, theirs in names.items():
-        if isinstance(fields[ours], int) and not isinstance(fields[ours], bool) and fields[ours] < 1:
-            raise UserError(f"config.json: {theirs}={fields[ours]}: must be at least 1")
-    heads, kv_heads, width = fields["heads"], fields["kv_heads"], fields["width"]
-    if heads % kv_heads:
-        raise UserError(f"config.json: {names['heads']}={heads} must divide by {names['kv_heads']}={kv_heads}")
-    if "head_width" not in names and width % heads:
-        raise UserError(f"config.json: {names['width']}={width} must divide by {names['heads']}={heads}")
-    if family == "llama" and fields["head_width"] % 2:
-        raise UserError(f"config.json: head_dim={fields['head_width']} must be even, for rotary positions")
-
-
-def _weight_files(directory: Path) -> list[Path]:
+def _stored(directory: Path) -> dict[str, Path]:
+    """Every tensor's name and the file that holds it."""
     index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: expected an object with `weight_map`: tensor names to file names") from None
-        if any(Path(name).name != name for name in names):
-            raise UserError(f"{index}: weight_map must name files in the same directory")
-        return [directory / name for name in names]
-    path = directory / "model.safetensors"
-    if not path.exists():
-        pickles = sorted(p.name for p in directory.glob("*.bin"))
-        found = f", only {_listed(pickles)}, which can run code when read, and so is not" if pickles else ""
-        raise UserError(
-            f"{directory}: no model.safetensors{found}; where PyTorch is installed, transformers' "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) writes one"
-        )
-    return [path]
+    if not index.exists():
+        path = directory / "model.safetensors"
+        if not path.exists():
+            raise UserError(_no_weights(directory))
+        with _open(path) as file:
+            return dict.fromkeys(file.keys(), path)
+    try:
+        listing = {str(tensor): str(name) for tensor, name in read_json(index)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: expected an object with `weight_map`: tensor names to file names") from None
+    if any(Path(name).name != name for name in listing.values()):
+        raise UserError(f"{index}: weight_map must name files in the same directory")
+    stored = {}
+    for name in sorted(set(listing.values())):
+        with _open(directory / name) as file:
+            stored |= dict.fromkeys(file.keys(), directory / name)
+    if missing := [tensor for tensor in listing if stored.get(tensor) != directory / listing[tensor]]:
+        raise UserError(f"{index}: weight_map places {missing[0]} in {listing[missing[0]]}, which does not hold it")
+    strays = [p.name for p in sorted(directory.glob("model-*-of-*.safetensors")) if p.name not in listing.values()]
+    if strays:
+        raise UserError(f"{index}: weight_map does not name {listed(strays)}, which lies beside it")
+    return stored
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> Any:
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+    found = f", only {listed(pickles)}, which can run code when read, and so is not" if pickles else ""
+    return (
+        f"{directory}: no model.safetensors{found}; where PyTorch is installed, transformers' "
+        "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) writes one"
+    )
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return stack.enter_context(safe_open(path, "np"))
+        file = safe_open(path, "np")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    with file:
+        yield file
 
 
-def _tensor(path: Path, file: Any, name: str) -> np.ndarray:
-    try:
-        return file.get_tensor(name)
-    except (SafetensorError, OSError, TypeError) as error:
-        raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
+def _tensor(path: Path, name: str) -> np.ndarray:
+    # Opened for each tensor: what is read of an open file stays mapped, and so counts as this process's memory.
+    with _open(path) as file:
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, OSError, TypeError) as error:
+            raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
 
 
 def _write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -316,9 +275,8 @@ def _write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -
     partial.replace(path)
 
 
-def _names(family: str, arch: model.Architecture, prefix: str) -> dict[str, str]:
-    head = {} if arch.tied else {"lm_head/kernel": HEAD}
-    return {ours: prefix + theirs for ours, theirs in NAMES[family].items()} | head
+def _name(arch: model.Architecture, leaf: str, prefix: str) -> str:
+    return families.tensor_name(arch.family, leaf, prefix)
 
 
 def _shapes(arch: model.Architecture) -> dict[str, tuple[int, ...]]:
@@ -328,73 +286,113 @@ def _shapes(arch: model.Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def _check_names(
-    directory: Path,
-    arch: model.Architecture,
-    names: Mapping[str, str],
-    stored: set[str],
-    read: Callable[[str], np.ndarray],
+    directory: Path, arch: model.Architecture, names: Mapping[str, str], stored: Mapping[str, Path], read: Read
 ) -> None:
     wanted = {theirs.split("#")[0].format(i) for theirs in names.values() for i in range(arch.layers)}
-    if missing := wanted - stored:
-        raise UserError(f"{directory}: the config asks for tensors that are not stored: {_listed(sorted(missing))}")
-    unexpected = {name for name in stored - wanted if not BUFFERS.search(name)}
-    if arch.tied and HEAD in unexpected:
+    if missing := wanted - stored.keys():
+        raise UserError(f"{directory}: the config asks for tensors that are not stored: {listed(sorted(missing))}")
+    unexpected = {name for name in stored.keys() - wanted if not BUFFERS.search(name)}
+    head = families.HEADS[arch.family]
+    if arch.tied and head in unexpected:
         # Some save the tied head as well; one that differs would not be used, so it is refused.
-        if not np.array_equal(read(HEAD), read(names["embed/tokens"])):
-            raise UserError(f"{directory}: {HEAD} differs from the embeddings, but config.json ties them")
-        unexpected -= {HEAD}
+        if not np.array_equal(read(head), read(names["embed/tokens"])):
+            raise UserError(f"{directory}: {head} differs from the embeddings, but config.json ties them")
+        unexpected -= {head}
     if unexpected:
-        raise UserError(f"{directory}: stores tensors that the config does not ask for: {_listed(sorted(unexpected))}")
+        raise UserError(f"{directory}: stores tensors that the config does not ask for: {listed(sorted(unexpected))}")
 
 
-def _listed(items: Any) -> str:
-    items = [str(x) for x in items]
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+def _stacked(leaf: str) -> bool:
+    return leaf.startswith("blocks/")
 
 
-def _matrix(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _stack(read_layer: Callable[[int], np.ndarray], shape: tuple[int, ...], place: NamedSharding, dtype: Any) -> Any:
+    """A leaf of "blocks" on the mesh, written layer by layer into its place."""
+    layer_place = NamedSharding(place.mesh, P(*place.spec[1:]))
+    whole = None
+    for i in range(shape[0]):
+        layer = _place(read_layer(i), layer_place, dtype)
+        if whole is None:
+            whole = jnp.zeros(shape, layer.dtype, device=place)
+        # Waiting keeps the host from reading ahead, which would hold many layers at once.
+        whole = jax.block_until_ready(_set_layer(whole, layer, i))
+    return whole
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(whole: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, layer, i, 0)
+
+
+def _place(array: np.ndarray, place: NamedSharding, dtype: Any) -> jax.Array:
+    """On the mesh, each device given its own part and no more."""
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index].astype(dtype or array.dtype))
+
+
+def _transposed(arch: model.Architecture, leaf: str) -> bool:
+    kernel = _stacked(leaf) and leaf.endswith("/kernel")
+    return (kernel and arch.family != "gpt2") or leaf.startswith("embed/project")
+
+
+def _matrix(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one layer's leaf as they hold it, before any transposing: heads joined with their width."""
-    if not ours.startswith("blocks/"):
+    if not _stacked(leaf):
         return shape
-    if not ours.endswith("/kernel"):
+    if not leaf.endswith("/kernel"):
         return (math.prod(shape),)
-    inputs = 2 if ours == "blocks/o/kernel" else 1
+    inputs = 2 if leaf == "blocks/o/kernel" else 1
     return (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
 
 
-def _transposed(family: str, ours: str) -> bool:
-    return family != "gpt2" and ours.startswith("blocks/") and ours.endswith("/kernel")
+def _fused_axis(arch: model.Architecture) -> int:
+    """Which axis of a fused tensor, [..., 3, H, K] or [..., H, 3, K], tells queries, keys and values apart."""
+    return -3 if arch.family == "gpt2" else -2
 
 
-def _import(
-    family: str, ours: str, theirs: str, shape: tuple[int, ...], read: Callable[[str], np.ndarray], directory: Path
+def _layer(
+    arch: model.Architecture,
+    leaf: str,
+    theirs: str,
+    shape: tuple[int, ...],
+    read: Read,
+    stored: Mapping[str, Path],
+    i: int,
 ) -> np.ndarray:
-    stacked = ours.startswith("blocks/")
-    layer_shape = shape[1:] if stacked else shape
-    flat_shape = _matrix(ours, layer_shape)
+    """One layer's leaf, read and laid out as ours."""
+    shape = shape[1:] if _stacked(leaf) else shape
     name, _, part = theirs.partition("#")
-    whole_shape = (*flat_shape[:-1], 3 * flat_shape[-1]) if part else flat_shape
-    wanted = whole_shape[::-1] if _transposed(family, ours) else whole_shape
-    layers = []
-    for i in range(shape[0] if stacked else 1):
-        array = read(name.format(i))
-        if array.shape != wanted:
-            raise UserError(f"{directory}: {name.format(i)} is {list(array.shape)}; the config asks for {list(wanted)}")
-        array = array.T if _transposed(family, ours) else array
-        array = np.split(array, 3, axis=-1)[int(part)] if part else array
-        layers.append(array.reshape(layer_shape))
-    return np.stack(layers) if stacked else layers[0]
+    name = name.format(i)
+    flat = _matrix(leaf, shape)
+    whole = (*flat[:-1], 3 * flat[-1]) if part else flat
+    wanted = whole[::-1] if _transposed(arch, leaf) else whole
+    array = read(name)
+    if array.shape != wanted:
+        raise UserError(f"{stored[name]}: {name} is {list(array.shape)}; the config asks for {list(wanted)}")
+    array = array.T if _transposed(arch, leaf) else array
+    if part:
+        apart = list(shape)
+        apart.insert(len(shape) + 1 + _fused_axis(arch), 3)
+        array = array.reshape(apart).take(int(part), axis=_fused_axis(arch))
+    return array.reshape(shape)
 
 
-def _export(family: str, ours: str, theirs: str, leaf: np.ndarray, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    if not ours.startswith("blocks/"):
-        return {theirs: leaf}
-    name, _, part = theirs.partition("#")
-    out = {}
-    for i, array in enumerate(leaf):
-        array = array.reshape(_matrix(ours, array.shape))
-        array = array.T if _transposed(family, ours) else array
-        # The thirds of a fused matrix come in order, each after the ones before it.
-        fused = int(part or 0) > 0
-        out[name.format(i)] = np.concatenate([tensors[name.format(i)], array], -1) if fused else array
-    return out
+def _tensors(arch: model.Architecture, params: Params) -> dict[str, np.ndarray]:
+    """Their tensors of our parameters, the inverse of `_layer` for all of them."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    rows: dict[str, list[str]] = {}
+    prefix = families.PREFIXES[arch.family][0]
+    for theirs, leaf in sorted((_name(arch, leaf, prefix), leaf) for leaf in _shapes(arch)):
+        rows.setdefault(theirs.split("#")[0], []).append(leaf)
+    tensors = {}
+    for theirs, leaves in rows.items():
+        arrays = [np.asarray(flat[leaf]) for leaf in leaves]
+        leaf = leaves[0]
+        for i in range(arch.layers if _stacked(leaf) else 1):
+            parts = [a[i] if _stacked(leaf) else a for a in arrays]
+            flat_shape = _matrix(leaf, parts[0].shape)
+            if len(parts) > 1:
+                array = np.stack(parts, _fused_axis(arch)).reshape(*flat_shape[:-1], 3 * flat_shape[-1])
+            else:
+                array = parts[0].reshape(flat_shape)
+            tensors[theirs.format(i)] = array.T if _transposed(arch, leaf) else array
+    return tensors

@@ -158,7 +158,8 @@ def recipe_workdir(path):
     )
     accuracy = {s: around(0.70 - i / 60, 0.065, 200) for i, s in enumerate(SPLITS)}
     gold = {s: around(0.74 - i / 60, 0.064, 190) for i, s in enumerate(SPLITS)}
-    summary = {"accuracy": accuracy, "gold_accuracy": gold, "truncated": {"train": 3, "id": 0}}
+    counts = {"truncated": {"train": 3, "id": 0}, "join_mismatch": {"train": 1234, "id": 0}}
+    summary = {"accuracy": accuracy, "gold_accuracy": gold, **counts}
     write_json(path / "reward" / "summary.json", summary)
     write_samples(path)
     return path

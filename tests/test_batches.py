@@ -46,6 +46,30 @@ def test_a_response_that_just_fits_keeps_its_end():
     assert weights[1][-1] == 1
 
 
+def test_the_bos_survives_the_cut():
+    import dataclasses
+
+    bos = dataclasses.replace(LETTERS, bos=(9,))
+    rows = batches.sft_batches(EXAMPLES, bos, batch_size=2, prompt_weight=0, seed=0, **SIZES)[0]
+    assert by_length(rows, "tokens_BT") == [[[9, A, B, C, EOS, 0, 0], [9, C, D, E, F, A, B]]]
+    prompt, _ = next(batches.eval_prompt_batches([{"prompt": " a b c d"}], bos, batch_size=1, prompt_length=1))
+    assert prompt.tokens_BP.tolist() == [[9]]
+
+
+def test_pairs_that_join_to_other_tokens_are_counted():
+    from tokenizers import Tokenizer, models
+
+    # "ab" is one token as a text, and two where "a" ends the prompt and "b" begins the response.
+    engine = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    merging = tokens.Tokenizer(engine, pad_id=1, eos_id=0)
+    pairs = [
+        {"prompt": p, "chosen": c, "rejected": r} for p, c, r in (("a", "b", "a"), ("b", "b", "a"), ("a", "b", "ba"))
+    ]
+    found = batches.cut({"x": pairs}, merging, 9, 2, fields=("chosen", "rejected"))
+    assert found == {"truncated": {"x": 0}, "overlong": {"x": 1}, "join_mismatch": {"x": 3}}
+    assert "join_mismatch" not in batches.cut({"x": pairs}, merging, 9, 2)
+
+
 def test_types():
     batch = sft()[0]
     assert (batch.tokens_BT.dtype, batch.mask_BT.dtype, batch.weight_BT.dtype) == (np.int32, np.float32, np.float32)

@@ -2,11 +2,17 @@
 
 import json
 import math
+import shutil
 
+import jax
+import numpy as np
 import pytest
 
-from jaxrlhf import ppo
+from jaxrlhf import config, model, ppo, scoring, weights
+from jaxrlhf.data import task
+from jaxrlhf.experiment import Run, base_params
 from jaxrlhf.main import main
+from jaxrlhf.sampling import Generation, sample
 
 RECIPE = "--config=configs/quickstart.py:smoke"
 POLICIES = {"sft", "bon", "ppo"}
@@ -112,3 +118,114 @@ def test_a_second_run_skips_everything(workdir, monkeypatch, request, capsys):
     assert main(["jaxrlhf", "run", RECIPE, f"--workdir={workdir}"]) == 0
     assert "ppo: complete" in capsys.readouterr().err
     assert stable_files(workdir) == before
+
+
+# ---- out to transformers, and in again
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    for policy in ("sft", "ppo", "reward"):
+        argv = ["jaxrlhf", "export", f"--workdir={workdir}", f"--policy={policy}", f"--to={folder / policy}"]
+        assert main(argv) == 0
+        assert main(argv) == 0  # its own it may write anew
+    return folder
+
+
+def a_run(workdir):
+    c = config.read(workdir / "config.json")
+    return Run(c, workdir, task.Task(task.tokenizer(c, workdir)), "")
+
+
+def rows_of(workdir):
+    return [json.loads(r) for r in (workdir / "samples" / "ppo" / "id.jsonl").read_text().splitlines()]
+
+
+def test_exported_files_and_cards(workdir, exported):
+    names = {"README.md", "config.json", "jaxrlhf.json", "model.safetensors"}
+    names |= {"special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
+    sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}
+    results = json.loads((workdir / "results.json").read_text())
+    for policy in ("sft", "ppo", "reward"):
+        found = {p.name for p in (exported / policy).iterdir()}
+        assert found == names | (set() if policy == "reward" else {"generation_config.json"})
+        texts = [p.read_text() for p in (exported / policy).iterdir() if p.suffix != ".safetensors"]
+        assert all(str(workdir) not in t and str(exported) not in t for t in texts)
+        if policy != "reward":
+            assert json.loads((exported / policy / "generation_config.json").read_text()).items() >= sampled.items()
+            e = results["policies"][policy]["ood_news"]["gold"]
+            line = f"{e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}], n = 12"
+            assert line in (exported / policy / "README.md").read_text()
+    assert sorted(p.name for p in exported.iterdir()) == ["ppo", "reward", "sft"]  # nothing half-written beside them
+
+
+def test_transformers_draws_and_scores_what_we_do(workdir, exported):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    run, rows = a_run(workdir), rows_of(workdir)
+    prompts, responses = [r["prompt"] for r in rows], [r["responses"][0] for r in rows]
+    reader = AutoTokenizer.from_pretrained(exported / "ppo")
+    batch = reader(prompts, return_tensors="pt", padding=True)
+    token_BP, mask_BP = batch["input_ids"].numpy(), batch["attention_mask"].numpy().astype(np.float32)
+    assert reader(prompts)["input_ids"] == run.task.tokenizer.encode_prompts(prompts)
+    for policy in ("sft", "ppo"):
+        theirs = AutoModelForCausalLM.from_pretrained(exported / policy).eval()
+        frozen, top = run.base[0], run.policy(policy)
+        hidden_BPD = model.trunk(run.arch, frozen, token_BP, mask_BP)
+        ours_BPV = model.logits(run.arch, frozen, top, model.run_top(run.arch, top, token_BP, hidden_BPD, mask_BP))
+        with torch.no_grad():
+            wanted_BPV = theirs(**batch).logits.numpy()
+            wanted_BT = theirs.generate(**batch, do_sample=False, temperature=None, top_k=None, top_p=None).numpy()
+        assert np.abs(ours_BPV - wanted_BPV)[mask_BP > 0].max() < 1e-4
+        greedy = Generation(24, temperature=0.0)
+        drawn_BR = sample(run.arch, greedy, frozen, top, token_BP, mask_BP, jax.random.key(0)).tokens_BR
+        wanted_BR = wanted_BT[:, token_BP.shape[1] :]
+        assert np.array_equal(drawn_BR[:, : wanted_BR.shape[1]], wanted_BR)
+        assert not np.asarray(drawn_BR[:, wanted_BR.shape[1] :]).any()
+    theirs = AutoModelForSequenceClassification.from_pretrained(exported / "reward").eval()
+    ids = [[*i, 1] for i in reader([p + r for p, r in zip(prompts, responses, strict=True)])["input_ids"]]
+    inputs = AutoTokenizer.from_pretrained(exported / "reward").pad({"input_ids": ids}, return_tensors="pt")
+    with torch.no_grad():
+        wanted_B = theirs(**inputs).logits[:, 0].numpy() + theirs.config.jaxrlhf_score_bias
+    ours_B = scoring.score_texts(scoring.load(exported / "reward"), prompts, responses)
+    assert np.abs(ours_B - wanted_B).max() < 1e-4
+
+
+def test_an_exported_reward_model_scores_as_the_run_did(workdir, exported):
+    rows = [(r["prompt"], t, s) for r in rows_of(workdir) for t, s in zip(r["responses"], r["scores"], strict=True)]
+    short = [row for row in rows if len(row[1].split()) < 20]  # these ended by themselves
+    prompts, responses, scores = zip(*short, strict=True)
+    found = scoring.score_texts(scoring.load(exported / "reward"), prompts, responses)
+    assert len(found) > 5
+    assert max(abs(a - b) for a, b in zip(found, scores, strict=True)) < 1e-4
+
+
+def test_an_export_overwrites_nothing_of_others(workdir, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    argv = ["jaxrlhf", "export", f"--workdir={workdir}", "--policy=sft"]
+    assert main([*argv, f"--to={tmp_path}"]) == 2
+    assert "holds what no export wrote" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("notes.txt", "mine")]
+    assert main(["jaxrlhf", "export", f"--workdir={workdir}", "--policy=bon", f"--to={tmp_path / 'x'}"]) == 2
+    assert "best-of-N is no model" in capsys.readouterr().err
+
+
+def test_an_export_comes_in_as_the_base_of_another_run(exported, tmp_path, monkeypatch, request, capsys):
+    monkeypatch.chdir(request.config.rootpath)
+    argv = ["jaxrlhf", "import", f"--from={exported / 'sft'}", f"--workdir={tmp_path}"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "llama, 6 layers of width 64" in out
+    assert "345,600 (float32)" in out
+    assert main(argv) == 2
+    assert "a base is there" in capsys.readouterr().err
+    steps = ["--config.sft.loop.steps=1", "--config.sft.loop.eval_every=0"]
+    assert main(["jaxrlhf", "sft", RECIPE, f"--workdir={tmp_path}", *steps]) == 0
+    run = a_run(tmp_path)
+    assert run.config.model.init == "base"
+    wanted = weights.load(exported / "sft")[1]
+    assert all(map(np.array_equal, jax.tree.leaves(base_params(run)), jax.tree.leaves(wanted)))
+    shutil.rmtree(tmp_path / "base")
+    assert run.task.tokenizer.encode("TITLE: my") == task.tokenizer(run.config, tmp_path).encode("TITLE: my")

@@ -237,6 +237,41 @@ def experiment(c):
     return Experiment(task="files", files=replace(c, vocab_size=300), evaluation=Evaluation(judge="reward"))
 
 
+def test_posts_in_the_papers_format(data):
+    """Records without an instruction: what they are told apart by is their prompt."""
+    c, write = data
+    posts = [{"subreddit": "s", "title": f"t{i}", "post": "p {title}", "dataset": "near"} for i in range(20)]
+    write("outputs/a.json", [r | {"output": "sum"} for r in posts])
+    write("outputs/b.json", [r | {"output": " sum"} for r in posts])
+    write("annotations/a.json", [r | {"output_1": "one", "output_2": " two", "preference": 2} for r in posts])
+    write("reference.json", [r | {"output": "ref"} for r in posts])
+    c = replace(c, prompt="tldr", ood_sources=(), ood_files=())
+    found = instructions.read(c, 0)
+    texts = {f"SUBREDDIT: r/s\nTITLE: t{i}\nPOST: p {{title}}\nTL;DR:" for i in range(20)}
+    assert {r["prompt"] for r in found.splits["id"] + found.ppo_prompts} == texts
+    assert len(found.splits["id"]) + len(found.ppo_prompts) == 20
+    assert {r["response"] for r in found.demonstrations} == {" sum"}  # one space, wherever it came from
+    assert {r["response"] for r in found.splits["id"]} == {" ref"}
+    assert {(p["chosen"], p["rejected"]) for p in found.preferences["train"]} == {(" two", " one")}
+    write("outputs/b.json", [{"instruction": "x", "output": "y", "dataset": "near"}])
+    with pytest.raises(UserError, match=r"b\.json, record 1: no field 'post'"):
+        instructions.read(c, 0)
+
+
+def test_inputs_follow_their_instruction(data):
+    c, write = data
+    same = [{"instruction": "Add.", "input": str(i), "output": "o", "dataset": "near"} for i in range(30)]
+    write("outputs/a.json", same)
+    write("outputs/b.json", [r | {"input": ""} for r in same])
+    c = replace(c, ood_sources=(), ood_files=())
+    found = instructions.read(c, 0)
+    prompts = {r["prompt"] for r in found.demonstrations + found.validation}
+    assert prompts == {f"Q: Add.\n\n{i}\nA:" for i in range(30)} | {"Q: Add.\nA:"}
+    write("outputs/b.json", [r | {"input": 3} for r in same])
+    with pytest.raises(UserError, match=r"field 'input' is int; it must be text"):
+        instructions.read(c, 0)
+
+
 def test_files_as_a_task(data, tmp_path):
     c, write = data
     said, workdir = [], tmp_path / "run"

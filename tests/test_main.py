@@ -45,6 +45,15 @@ def test_help(capsys):
         (["evaluate", "--workdir=x"], "--outputs NAME=FILE"),
         (["evaluate", "--outputs", "a=nosuch.json", "--workdir=x"], "nosuch.json: no such file"),
         (["report", "--workdir=nosuch"], "results.json"),
+        (["export", "--workdir=x"], "--policy is missing"),
+        (["export", "--workdir=x", "--policy=sft"], "--to is missing"),
+        (["export", "--workdir=x", "--policy=dpo", "--to=y"], "known are sft, reward, ppo"),
+        (["export", "--workdir=x", "--policy=sft", "--to=setup.py"], "a file stands there"),
+        (["export", "--workdir=x", "--policy=sft", "--to=tests"], "holds what no export wrote"),
+        (["export", "--workdir=x", "--policy=sft", "--to=y"], "config.json: no such file"),
+        (["import", "--workdir=x"], "--from=DIR is missing"),
+        (["import", "--from=tests", "--workdir=x"], "config.json: no such file"),
+        (["import", "--from=tests/golden/hf/opt", "--workdir=x"], "no tokenizer in it"),
     ],
 )
 def test_mistakes_get_one_line(capsys, tmp_path, argv, says):

@@ -14,8 +14,8 @@ T = 7
 
 def architecture(family: str, **changes) -> model.Architecture:
     sizes = {"vocab_size": 19, "layers": 5, "width": 16, "heads": 4, "kv_heads": 4, "head_width": 4, "ff_width": 24}
-    if family == "llama":
-        sizes |= {"kv_heads": 2}
+    if model.FAMILIES[family].get("positions") != "learned":
+        sizes |= {"kv_heads": 2, "head_width": 8}
     return model.Architecture(**(sizes | {"max_positions": 16} | model.FAMILIES[family] | changes))
 
 
@@ -108,8 +108,55 @@ def test_order_of_tokens_matters(family):
 def test_rotation_by_hand():
     """Width 4 has frequencies 1 and theta**-0.5, and pairs elements 0, 2 and 1, 3."""
     x_BTHK = jnp.asarray([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
-    turned_K = model.rotate(x_BTHK, jnp.full((1, 1), 3), 100.0)[0, 0, 0]
+    frequency_K = model.frequencies(architecture("llama", head_width=4, rope_theta=100.0))
+    turned_K = model.rotate(x_BTHK, jnp.full((1, 1), 3), frequency_K)[0, 0, 0]
     assert np.allclose(turned_K, [np.cos(3), -np.sin(0.3), np.sin(3), np.cos(0.3)], atol=1e-6)
+
+
+def test_a_share_is_rotated_and_the_rest_passes():
+    x_BTHK = jnp.asarray([1.0, 0.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]).reshape(1, 1, 1, 8)
+    frequency_K = model.frequencies(architecture("gpt_neox", head_width=8, rope_share=0.3))
+    turned_K = model.rotate(x_BTHK, jnp.full((1, 1), 3), frequency_K)[0, 0, 0]
+    assert np.allclose(turned_K, [np.cos(3), np.sin(3), 5, 6, 7, 8, 9, 10], atol=1e-6)
+
+
+def test_scaled_frequencies_by_hand():
+    """Waves of 2 pi, 20 pi, 200 pi and 2000 pi tokens, over a context of 400: 64, 6.4, .64 and .064 of them."""
+    sizes = {"head_width": 8, "rope_theta": 1e4}
+    plain = np.array([1.0, 1e-1, 1e-2, 1e-3])
+    assert np.allclose(model.frequencies(architecture("llama", **sizes)), plain)
+    linear = architecture("llama", **sizes, rope_scaling=("linear", 4.0))
+    assert np.allclose(model.frequencies(linear), plain / 4)
+    llama3 = architecture("llama", **sizes, rope_scaling=("llama3", 4.0, 1.0, 11.0, 400.0))
+    kept = (400 * 0.1 / (2 * np.pi) - 1) / 10
+    wanted = [1.0, 0.1 * (kept + (1 - kept) / 4), 1e-2 / 4, 1e-3 / 4]
+    assert np.allclose(model.frequencies(llama3), wanted)
+
+
+@pytest.mark.parametrize("freeze_layers", [0.0, 0.4, 1.0])
+def test_each_layer_sees_its_window_wherever_the_model_is_split(freeze_layers):
+    """With windows of 1 nothing moves between positions; one layer of 3 among them moves what it moves."""
+    arch = architecture("mistral", windows=(1, 1, 1, 3, 1))
+    frozen, top = split(random_params(arch), freeze_layers)
+    mask_BT = jnp.ones((1, T), jnp.float32)
+
+    @jax.jit
+    def influence(token_BT):
+        hidden_BTD = model.trunk(arch, frozen, token_BT, mask_BT)
+        return model.run_top(arch, top, token_BT, hidden_BTD, mask_BT)[0]
+
+    token_BT = np.zeros((1, T), np.int32)
+    plain_TD = influence(token_BT)
+    for t in range(T):
+        changed_BT = token_BT.copy()
+        changed_BT[0, t] = 1
+        moved_T = np.abs(influence(changed_BT) - plain_TD).max(-1) > 0
+        assert np.flatnonzero(moved_T).tolist() == [i for i in range(T) if t <= i < t + 3]
+
+
+def test_soft_caps_by_hand():
+    assert np.allclose(model.softcap(jnp.asarray([-1e9, 0.0, 1.5]), 3.0), [-3, 0, 3 * np.tanh(0.5)])
+    assert model.softcap(1e9, 0.0) == 1e9  # pyright: ignore
 
 
 def test_attention_against_loops():
@@ -117,19 +164,33 @@ def test_attention_against_loops():
     B, S, H, G, K = 2, 5, 4, 2, 3
     q, k, v = (rng.normal(size=(B, S, n, K)).astype(np.float32) for n in (H, G, G))
     mask_BT = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]], np.float32)
-    out_BTHK = np.asarray(model.attention(q, k, v, model.causal(jnp.asarray(mask_BT))))  # pyright: ignore
+    arch = architecture("gemma2", query_scalar=5, attn_softcap=0.7)
+    out_BTHK = np.asarray(model.attention(arch, q, k, v, model.causal(jnp.asarray(mask_BT))))  # pyright: ignore
     for b in range(B):
         for t in np.flatnonzero(mask_BT[b]):
             seen = [s for s in range(t + 1) if mask_BT[b, s]]
             for h in range(H):
-                weight = np.exp([q[b, t, h] @ k[b, s, h // 2] / np.sqrt(K) for s in seen])
+                weight = np.exp([0.7 * np.tanh(q[b, t, h] @ k[b, s, h // 2] / np.sqrt(5) / 0.7) for s in seen])
                 wanted = sum(w * v[b, s, h // 2] for w, s in zip(weight, seen, strict=True)) / weight.sum()
                 assert np.allclose(out_BTHK[b, t, h], wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("opt", True)])
-def test_logits_do_not_depend_on_where_the_model_is_split(family, tied):
-    arch = architecture(family, tied=tied)
+OPT_350M = {"norm_place": "post", "final_norm": False, "embed_width": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"tied": False}),
+        ("opt", {}),
+        ("opt", OPT_350M),
+        ("opt", OPT_350M | {"tied": False}),
+        ("gemma2", {"windows": (2, 0, 2, 0, 2)}),
+        ("gpt_neox", {}),
+    ],
+)
+def test_logits_do_not_depend_on_where_the_model_is_split(family, options):
+    arch = architecture(family, **options)
     params = random_params(arch)
     tokens_BT = np.random.default_rng(4).integers(0, 19, (3, T)).astype(np.int32)
     mask_BT = (np.arange(T) >= np.array([[0], [3], [6]])).astype(np.float32)

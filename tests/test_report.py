@@ -123,6 +123,11 @@ def test_the_run_is_told(recipe):
         assert said.replace("\N{NO-BREAK SPACE}", " ") in text.replace("\N{NO-BREAK SPACE}", " ")
 
 
+def test_tokens_that_differ_where_texts_join_are_told(recipe):
+    text = " ".join(Page(recipe[1]).text.split())
+    assert "one after the other, as they are trained on: 1,234 in reward (train)." in text
+
+
 def test_samples_are_the_first_of_each_split(recipe):
     text = Page(recipe[1]).text
     for split in SPLITS:

@@ -14,24 +14,25 @@ VOCAB, EOS, PAD = 11, 1, 0
 P, R, N = 6, 5, 8  # few shapes, as most of the time goes into compiling
 
 
-def setup(family: str = "llama", freeze_layers: float = 0.5, sharpness: float = 1.0):
+def setup(family: str = "llama", freeze_layers: float = 0.5, sharpness: float = 1.0, **options):
     """A random model with grouped queries where the family has them, and ragged left-padded prompts."""
-    kv_heads = 2 if family == "llama" else 4
-    arch = model.Architecture(
-        vocab_size=VOCAB,
-        layers=2,
-        width=16,
-        heads=4,
-        kv_heads=kv_heads,
-        head_width=4,
-        ff_width=24,
-        max_positions=P + R + 4,
-        **model.FAMILIES[family],
-    )
+    learned = model.FAMILIES[family].get("positions") == "learned"
+    sizes = {
+        "vocab_size": VOCAB,
+        "layers": 2,
+        "width": 16,
+        "heads": 4,
+        "kv_heads": 4 if learned else 2,
+        "head_width": 4 if learned else 8,
+        "ff_width": 24,
+        "max_positions": P + R + 4,
+    }
+    arch = model.Architecture(**(sizes | model.FAMILIES[family] | options))
     shapes = jax.eval_shape(partial(model.init, arch), jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.35, x.shape), jnp.float32), shapes)
-    params["final_norm"]["scale"] = params["final_norm"]["scale"] * sharpness
+    if arch.final_norm:
+        params["final_norm"]["scale"] = params["final_norm"]["scale"] * sharpness
     prompt_BP = rng.integers(2, VOCAB, (3, P)).astype(np.int32)
     mask_BP = (np.arange(P) >= np.array([[0], [2], [5]])).astype(np.float32)
     return arch, *split(params, freeze_layers), prompt_BP, mask_BP
@@ -53,10 +54,20 @@ def forced(arch, frozen, top, prompt_BP, mask_BP, drawn) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("family", "freeze_layers", "temperature"), [("llama", 0.5, 1.0), ("opt", 0.0, 0.7), ("gpt2", 1.0, 0.7)]
+    ("family", "freeze_layers", "temperature", "options"),
+    [
+        ("llama", 0.5, 1.0, {}),
+        ("opt", 0.0, 0.7, {}),
+        ("gpt2", 1.0, 0.7, {}),
+        ("opt", 0.5, 1.0, {"norm_place": "post", "final_norm": False, "embed_width": 8}),
+        ("gemma2", 0.5, 1.0, {"windows": (3, 0)}),
+        ("mistral", 0.5, 1.0, {"windows": (0, 4), "rope_scaling": ("linear", 2.0)}),
+        ("qwen3", 0.0, 1.0, {"windows": (1, 6)}),
+        ("gpt_neox", 0.5, 1.0, {}),
+    ],
 )
-def test_log_probabilities_are_those_of_teacher_forcing(family, freeze_layers, temperature):
-    arch, frozen, top, prompt_BP, mask_BP = setup(family, freeze_layers)
+def test_log_probabilities_are_those_of_teacher_forcing(family, freeze_layers, temperature, options):
+    arch, frozen, top, prompt_BP, mask_BP = setup(family, freeze_layers, **options)
     gen = Generation(R, temperature, eos_id=EOS, pad_id=PAD)
     drawn = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(0), N)
     logits_MRV = forced(arch, frozen, top, prompt_BP, mask_BP, drawn)

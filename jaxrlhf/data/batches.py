@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, step): Grain's random access, so that resuming needs no iterator state.
 
-A prompt that is too long loses its left end, a response its right end and with it the end-of-text token.
+A prompt that is too long loses its left end, but for the tokenizer's bos; a response its right end and with it the
+end-of-text token.
 """
 
 from __future__ import annotations
@@ -37,18 +38,26 @@ def cut(
 ) -> dict[str, dict[str, int]]:
     """Of each set, how many prompts lose their left end to fit, and how many texts of `fields` their right end.
 
-    Returns {"truncated": {set: prompts}, "overlong": {set: responses}}, the second where `fields` are given.
+    Returns {"truncated": {set: prompts}, "overlong": {set: responses}, "join_mismatch": {set: pairs}}; the last two
+    where `fields` are given. A mismatch is a prompt and response that as one text have other ids than apart, which is
+    how policies see them.
     """
-    found = {
-        "truncated": {
-            k: sum(len(ids) > prompt_length for ids in _encode(r, "prompt", tokenizer)) for k, r in sets.items()
-        }
-    }
+    found: dict[str, dict[str, int]] = {"truncated": {}}
     if fields:
-        found["overlong"] = {
-            k: sum(len(ids) > response_length for field in fields for ids in _ended(list(r), field, tokenizer))
-            for k, r in sets.items()
-        }
+        found |= {"overlong": {}, "join_mismatch": {}}
+    for name, records in sets.items():
+        rows = list(records)  # read once: a record is decoded each time that it is asked for
+        texts = [r["prompt"] for r in rows]
+        prompts = tokenizer.encode_prompts(texts)
+        found["truncated"][name] = sum(len(ids) > prompt_length for ids in prompts)
+        for field in fields:
+            overlong = sum(len(ids) > response_length for ids in _ended(rows, field, tokenizer))
+            responses = [r[field] for r in rows]
+            apart = [p + q for p, q in zip(prompts, tokenizer.encode_many(responses), strict=True)]
+            joined = tokenizer.encode_joined(texts, responses)
+            mismatch = sum(a != b for a, b in zip(apart, joined, strict=True))
+            for key, count in (("overlong", overlong), ("join_mismatch", mismatch)):
+                found[key][name] = found[key].get(name, 0) + count
     return found
 
 
@@ -111,7 +120,7 @@ def prompt_batches(
     records: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, prompt_length: int, seed: int
 ) -> Batches[PromptBatch]:
     """`batches[step]` is a PromptBatch [B, P], padded on the left; `index_B` is the place in `records`."""
-    rows = _prompts(records, tokenizer, prompt_length)
+    rows = list(enumerate(_prompts(records, tokenizer, prompt_length)))
     width = _width((len(p) for _, p in rows), prompt_length)
     return _stream(rows, batch_size, seed, lambda chosen: _prompt_batch(chosen, width, tokenizer.pad_id))
 
@@ -120,40 +129,43 @@ def eval_prompt_batches(
     records: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, prompt_length: int
 ) -> Iterator[tuple[PromptBatch, int]]:
     """All prompts once, in order, with the number of valid rows of each batch."""
-    rows = _prompts(records, tokenizer, prompt_length)
+    rows = list(enumerate(_prompts(records, tokenizer, prompt_length)))
     for chosen, valid in _in_order(rows, batch_size):
         yield _prompt_batch(chosen, prompt_length, tokenizer.pad_id), valid
 
 
-def _encode(records: Iterable[Record], field: str, tokenizer: Tokenizer) -> list[list[int]]:
-    return tokenizer.encode_many([r[field] for r in records])
-
-
 def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
-    found = list(records)  # read once: a record is decoded each time that it is asked for
-    prompts, responses = _encode(found, "prompt", tokenizer), _ended(found, "response", tokenizer)
-    return [(p[-prompt_length:], q[:response_length]) for p, q in zip(prompts, responses, strict=True)]
+    found = list(records)
+    prompts, responses = _prompts(found, tokenizer, prompt_length), _ended(found, "response", tokenizer)
+    return [(p, q[:response_length]) for p, q in zip(prompts, responses, strict=True)]
 
 
 def _ended(records: Sequence[Record], field: str, tokenizer: Tokenizer) -> list[list[int]]:
     """Ids with an end-of-text token, but for responses that are known not to have ended by themselves."""
+    found = tokenizer.encode_many([r[field] for r in records])
     ends = [[tokenizer.eos_id] if r.get(f"{field}_finished", "1") == "1" else [] for r in records]
-    return [ids + end for ids, end in zip(_encode(records, field, tokenizer), ends, strict=True)]
+    return [ids + end for ids, end in zip(found, ends, strict=True)]
 
 
 def _pairs(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
     """Prompt and response of both sides."""
     found = list(records)
-    prompts = _encode(found, "prompt", tokenizer)
+    prompts = _prompts(found, tokenizer, prompt_length)
     sides = [
-        [p[-prompt_length:] + q[:response_length] for p, q in zip(prompts, _ended(found, side, tokenizer), strict=True)]
+        [p + q[:response_length] for p, q in zip(prompts, _ended(found, side, tokenizer), strict=True)]
         for side in ("chosen", "rejected")
     ]
     return list(zip(*sides, strict=True))
 
 
-def _prompts(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int) -> list[tuple[int, list[int]]]:
-    return [(i, ids[-prompt_length:]) for i, ids in enumerate(_encode(records, "prompt", tokenizer))]
+def _prompts(records: Iterable[Record], tokenizer: Tokenizer, prompt_length: int) -> list[list[int]]:
+    """Ids that fit; what is cut is the left end, after the bos, where there is one."""
+    rows = []
+    for ids in tokenizer.encode_prompts([r["prompt"] for r in records]):
+        kept = list(tokenizer.bos) if tuple(ids[: len(tokenizer.bos)]) == tokenizer.bos else []
+        cut = len(ids) - prompt_length
+        rows.append((kept + ids[len(kept) + cut :])[:prompt_length] if cut > 0 else ids)
+    return rows
 
 
 def _width(lengths: Iterable[int], at_most: int) -> int:
@@ -172,7 +184,7 @@ def _in_order(rows: list, batch_size: int) -> Iterator[tuple[list, int]]:
 
 
 def _sft(rows: Sequence[Row], width: int, prompt_weight: float, pad_id: int) -> SftBatch:
-    tokens_BT, mask_BT = _pad([p + q for p, q in rows], width, pad_id)
+    tokens_BT, mask_BT = pad([p + q for p, q in rows], width, pad_id)
     weight_BT = np.zeros_like(mask_BT)
     for b, (p, q) in enumerate(rows):
         weight_BT[b, : len(p)] = prompt_weight
@@ -182,17 +194,18 @@ def _sft(rows: Sequence[Row], width: int, prompt_weight: float, pad_id: int) -> 
 
 
 def _pair_batch(rows: Sequence[Row], width: int, pad_id: int) -> PairBatch:
-    tokens_BT, mask_BT = _pad([c for c, _ in rows] + [r for _, r in rows], width, pad_id)
+    tokens_BT, mask_BT = pad([c for c, _ in rows] + [r for _, r in rows], width, pad_id)
     return PairBatch(tokens_BT=tokens_BT, mask_BT=mask_BT)  # pyright: ignore[reportArgumentType]
 
 
 def _prompt_batch(rows: Sequence[tuple[int, list[int]]], width: int, pad_id: int) -> PromptBatch:
-    tokens_BP, mask_BP = _pad([p for _, p in rows], width, pad_id, left=True)
+    tokens_BP, mask_BP = pad([p for _, p in rows], width, pad_id, left=True)
     index_B = np.array([i for i, _ in rows], np.int32)
     return PromptBatch(tokens_BP=tokens_BP, mask_BP=mask_BP, index_B=index_B)  # pyright: ignore[reportArgumentType]
 
 
-def _pad(rows: Sequence[list[int]], width: int, pad_id: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[list[int]], width: int, pad_id: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, int32, and mask, f32, of rows in [B, width]."""
     tokens_BT = np.full((len(rows), width), pad_id, np.int32)
     mask_BT = np.zeros((len(rows), width), np.float32)
     for b, row in enumerate(rows):

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import Files
+from jaxrlhf.data import prompts
+from jaxrlhf.data.tokens import Tokenizer
 from jaxrlhf.files import UserError, read_records
 
 Record = dict[str, str]
-Place = Callable[[str], str]  # from an instruction to its split: "train", "id", "ood_..." or "" for none
+Place = Callable[[str], str]  # from a question to its split: "train", "id", "ood_..." or "" for none
 
 NOTES: tuple[str, ...] = (
     "empty_outputs",  # demonstrations passed over
@@ -50,34 +52,40 @@ def paths(c: Files) -> dict[str, list[Path]]:
     }
 
 
-def read(c: Files, seed: int) -> Instructions:
-    """Reads every file, checks every record, and puts each instruction on one side of the held-out line for good.
+def read(c: Files, seed: int, tokenizer: Tokenizer | None = None) -> Instructions:
+    """Reads every file, checks every record, and puts each question on one side of the held-out line for good.
+
+    Args:
+      c: which files, and the prompt's format.
+      seed: of the line and of `evaluation_prompts`.
+      tokenizer: whose chat template the format `chat` means.
 
     Raises:
       UserError: a key leads to no file, a file does not parse, a record lacks a field, or a split stays empty.
     """
     _check(c)
+    form = prompts.prompts(c.prompt, tokenizer)
     files, notes = paths(c), Counter(dict.fromkeys(NOTES, 0))
-    outputs = [r for p in files["demonstrations"] for r in _records(p, ("instruction", "output", "dataset"), notes)]
-    fields = ("instruction", "output_1", "output_2", "dataset")
-    verdicts = {p: _records(p, fields, notes, ("preference",)) for p in files["annotations"]}
+    outputs = [r for p in files["demonstrations"] for r in _asked(p, form, ("output", "dataset"), notes)]
+    fields = ("output_1", "output_2", "dataset")
+    verdicts = {p: _asked(p, form, fields, notes, ("preference",)) for p in files["annotations"]}
     place = _placer(c, seed, [*outputs, *(r for rows in verdicts.values() for r in rows)])
     demonstrations: dict[str, list[Record]] = {"train": [], "id": []}
     for i, r in enumerate(outputs):
-        where = place(r["instruction"])
+        where = place(r["question"])
         if where in demonstrations and r["output"].strip():
-            demonstrations[where].append(_record(c, f"demonstration-{i}", r["instruction"], r["output"]))
+            demonstrations[where].append(_record(form, f"demonstration-{i}", r, r["output"]))
         elif where in demonstrations:
             notes["empty_outputs"] += 1
-    prompts: dict[str, dict[str, None]] = {}
+    asked: dict[str, dict[str, Record]] = {}
     for r in outputs:
-        prompts.setdefault(place(r["instruction"]), {})[r["instruction"]] = None
+        asked.setdefault(place(r["question"]), {}).setdefault(r["question"], r)
     return Instructions(
         demonstrations=_nonempty("demonstrations", demonstrations["train"]),
         validation=_nonempty("held-out demonstrations", demonstrations["id"]),
-        preferences=_preferences(c, verdicts, place, notes),
-        ppo_prompts=[_record(c, f"ppo-{i}", text, "") for i, text in enumerate(prompts["train"])],
-        splits=_splits(c, seed, files["reference"], prompts, notes),
+        preferences=_preferences(c, form, verdicts, place, notes),
+        ppo_prompts=[_record(form, f"ppo-{i}", r, "") for i, r in enumerate(asked["train"].values())],
+        splits=_splits(c, form, seed, files["reference"], asked, notes),
         notes=dict(notes),
     )
 
@@ -119,11 +127,19 @@ def _glob(root: str, key: str, patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def _asked(
+    path: Path, form: prompts.Prompts, texts: Sequence[str], notes: Counter[str], other: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The records of a file, each with its `question`: what is asked, in whatever format, tells records apart."""
+    records = _records(path, (*texts, *sorted(form.fields)), notes, other)
+    return [r | {"question": prompts.question(r) or form.prompt(r)} for r in records]
+
+
 def _records(path: Path, texts: Sequence[str], notes: Counter[str], other: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The records of a file, in which the fields `texts` are text that UTF-8 can hold."""
+    """The records of a file, in which the fields `texts`, and those of a question, are text that UTF-8 can hold."""
     records = read_records(path, (*texts, *other))
     for i, r in enumerate(records, 1):
-        for field in texts:
+        for field in {*texts, *({"instruction", "input"} & r.keys())}:
             r[field] = _text(r[field], f"{path}, record {i}: field {field!r}", notes)
     return records
 
@@ -138,16 +154,16 @@ def _text(value: object, where: str, notes: Counter[str]) -> str:
 
 
 def _placer(c: Files, seed: int, records: Iterable[dict[str, Any]]) -> Place:
-    """Splits by source; in-distribution instructions by their hash. An instruction in both kinds of source is "id"."""
+    """Splits by source; in-distribution questions by their hash. A question in both kinds of source is "id"."""
     sources: dict[str, str] = {}
     for r in records:
-        if r["instruction"] not in sources or r["dataset"] in c.id_sources:
-            sources[r["instruction"]] = r["dataset"]
+        if r["question"] not in sources or r["dataset"] in c.id_sources:
+            sources[r["question"]] = r["dataset"]
 
-    def place(instruction: str) -> str:
-        source = sources.get(instruction)
+    def place(question: str) -> str:
+        source = sources.get(question)
         if source in c.id_sources:
-            return "id" if _share(seed, instruction) < c.held_out else "train"
+            return "id" if _share(seed, question) < c.held_out else "train"
         return f"ood_{source}" if source in c.ood_sources else ""
 
     return place
@@ -159,43 +175,48 @@ def _share(seed: int | str, text: str) -> float:
 
 
 def _splits(
-    c: Files, seed: int, reference: list[Path], prompts: dict[str, dict[str, None]], notes: Counter[str]
+    c: Files,
+    form: prompts.Prompts,
+    seed: int,
+    reference: list[Path],
+    asked: dict[str, dict[str, Record]],
+    notes: Counter[str],
 ) -> dict[str, list[Record]]:
     """Evaluation prompts with reference answers, "id" first."""
-    answers = {r["instruction"]: r["output"] for p in reference for r in _records(p, ("instruction", "output"), notes)}
-    pairs: dict[str, list[tuple[str, str]]] = {}
+    answers = {r["question"]: r["output"] for p in reference for r in _asked(p, form, ("output",), notes)}
+    rows: dict[str, list[Record]] = {}
     for split in ("id", *(f"ood_{source}" for source in c.ood_sources)):
-        pairs[split] = [(text, answers.get(text, "")) for text in prompts.get(split, {})]
+        rows[split] = [r | {"output": answers.get(text, "")} for text, r in asked.get(split, {}).items()]
     for name, found in _ood_files(c):
         tasks = [task for path in found for task in _seed_tasks(path, notes)]
-        pairs[f"ood_{name}"] = [(text, answer) for text, answer in tasks if text not in prompts["train"]]
-        notes["ood_prompts_trained_on"] += len(tasks) - len(pairs[f"ood_{name}"])
+        rows[f"ood_{name}"] = [r for r in tasks if r["question"] not in asked["train"]]
+        notes["ood_prompts_trained_on"] += len(tasks) - len(rows[f"ood_{name}"])
     splits = {}
-    for split, found in pairs.items():
+    for split, found in rows.items():
         chosen = _limited(found, c.evaluation_prompts, seed)
-        splits[split] = [_record(c, f"{split}-{i}", text, answer) for i, (text, answer) in enumerate(chosen)]
+        splits[split] = [_record(form, f"{split}-{i}", r, r["output"]) for i, r in enumerate(chosen)]
         if not chosen:
             raise UserError(f"config.files: split {split!r} is empty; no record's `dataset` leads to it")
-        notes["without_reference"] += sum(not answer for _, answer in chosen)
+        notes["without_reference"] += sum(not r["output"] for r in chosen)
     return splits
 
 
-def _limited(pairs: list[tuple[str, str]], at_most: int, seed: int) -> list[tuple[str, str]]:
+def _limited(rows: list[Record], at_most: int, seed: int) -> list[Record]:
     """At most so many (0 = all), spread over the files, which are often sorted by source."""
-    if not 0 < at_most < len(pairs):
-        return pairs
-    ranked = sorted(range(len(pairs)), key=lambda i: _share(f"limit {seed}", pairs[i][0]))
-    return [pairs[i] for i in sorted(ranked[:at_most])]
+    if not 0 < at_most < len(rows):
+        return rows
+    ranked = sorted(range(len(rows)), key=lambda i: _share(f"limit {seed}", rows[i]["question"]))
+    return [rows[i] for i in sorted(ranked[:at_most])]
 
 
 def _preferences(
-    c: Files, verdicts: dict[Path, list[dict[str, Any]]], place: Place, notes: Counter[str]
+    c: Files, form: prompts.Prompts, verdicts: dict[Path, list[dict[str, Any]]], place: Place, notes: Counter[str]
 ) -> dict[str, list[Record]]:
     """Pairs of each split; a draw or a missing verdict is no pair, and counted."""
     pairs: dict[str, list[Record]] = {"train": [], "id": [], **{f"ood_{s}": [] for s in c.ood_sources}}
     for path, records in verdicts.items():
         for i, r in enumerate(records, 1):
-            where, verdict = place(r["instruction"]), r["preference"]
+            where, verdict = place(r["question"]), r["preference"]
             if where not in pairs:
                 continue
             if verdict is None:
@@ -205,14 +226,14 @@ def _preferences(
             elif verdict in (1, 2):
                 won, lost = ("output_1", "output_2") if verdict == 1 else ("output_2", "output_1")
                 notes["empty_answers_in_pairs"] += sum(not r[side].strip() for side in (won, lost))
-                pairs[where].append(_pair(c, f"{path.stem}-{i}", r["instruction"], r[won], r[lost]))
+                pairs[where].append(_pair(form, f"{path.stem}-{i}", r, r[won], r[lost]))
             else:
                 raise UserError(f"{path}, record {i}: preference is {verdict!r}; known are 1, 2, 1.5, 0 and null")
     _nonempty("annotations of training prompts", pairs["train"])
     return {split: found for split, found in pairs.items() if found}
 
 
-def _seed_tasks(path: Path, notes: Counter[str]) -> list[tuple[str, str]]:
+def _seed_tasks(path: Path, notes: Counter[str]) -> list[Record]:
     """Instruction, with its first input where there is one, and the answer."""
     tasks = []
     for i, r in enumerate(_records(path, ("instruction",), notes, ("instances",)), 1):
@@ -222,20 +243,21 @@ def _seed_tasks(path: Path, notes: Counter[str]) -> list[tuple[str, str]]:
         except (IndexError, KeyError, TypeError):
             raise UserError(f"{where} must be a list of {{input, output}}") from None
         given, answer = _text(given, f"{where}, input", notes), _text(answer, f"{where}, output", notes)
-        tasks.append((f"{r['instruction']}\n\n{given}" if given.strip() else r["instruction"], answer))
+        task = {"instruction": r["instruction"], "input": given, "output": answer}
+        tasks.append(task | {"question": prompts.question(task)})
     return tasks
 
 
-def _record(c: Files, name: str, instruction: str, response: str) -> Record:
-    return {"id": name, "prompt": c.prompt.replace("{instruction}", instruction), "response": response}
+def _record(form: prompts.Prompts, name: str, r: Record, response: str) -> Record:
+    return {"id": name, "prompt": form.prompt(r), "response": form.response(response) if response else ""}
 
 
-def _pair(c: Files, name: str, instruction: str, chosen: str, rejected: str) -> Record:
+def _pair(form: prompts.Prompts, name: str, r: Record, chosen: str, rejected: str) -> Record:
     return {
         "id": name,
-        "prompt": c.prompt.replace("{instruction}", instruction),
-        "chosen": chosen,
-        "rejected": rejected,
+        "prompt": form.prompt(r),
+        "chosen": form.response(chosen),
+        "rejected": form.response(rejected),
         "chosen_finished": "1",
         "rejected_finished": "1",
     }

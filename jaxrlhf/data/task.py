@@ -6,16 +6,17 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import jaxrlhf
+from jaxrlhf import weights
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import builders, instructions, tokens, world
-from jaxrlhf.files import read_text, write_json, write_text
+from jaxrlhf.files import read_text, whole_folder, write_json, write_text
 
 Records = Sequence[dict[str, str]]
 
@@ -25,14 +26,14 @@ class Task:
     """What the stages take from a task. Records are {id, prompt, response, ...}, all text."""
 
     tokenizer: tokens.Tokenizer
-    documents: Callable[[], Records]  # for pretraining, made when asked for
-    held_out_documents: Callable[[], Records]
-    demonstrations: Records
-    validation: Records
-    preference_prompts: Records  # whose SFT samples the annotators compare; empty where `preferences` exist
-    preferences: Mapping[str, Records] | None  # "train" and splits; None where annotators compare SFT samples
-    ppo_prompts: Records
-    splits: Mapping[str, Records]  # evaluation prompts, "id" first, then "ood_..."
+    documents: Callable[[], Records] = tuple  # for pretraining, made when asked for
+    held_out_documents: Callable[[], Records] = tuple
+    demonstrations: Records = ()
+    validation: Records = ()
+    preference_prompts: Records = ()  # whose SFT samples the annotators compare; empty where `preferences` exist
+    preferences: Mapping[str, Records] | None = None  # "train" and splits; None where annotators compare SFT samples
+    ppo_prompts: Records = ()
+    splits: Mapping[str, Records] = field(default_factory=dict)  # evaluation prompts, "id" first, then "ood_..."
     gold: Callable[[str, str, bool], float] | None = None  # (facts, response, finished)
     prefers_first: Callable[[float, float, float, np.random.Generator], bool] | None = None
 
@@ -55,8 +56,10 @@ def _world(config: Experiment, workdir: Path) -> Task:
         workdir / "data" / "world",
         fingerprint(config, sizes),
     )
-    tokenizer = tokens.word_tokenizer(world.VOCABULARY)
-    tokenizer.save(workdir / "tokenizer.json")
+    tokenizer = _imported_tokenizer(config, workdir)
+    if tokenizer is None:
+        tokenizer = tokens.word_tokenizer(world.VOCABULARY)
+        tokenizer.save(workdir / "tokenizer.json")
     return Task(
         tokenizer=tokenizer,
         documents=lambda: [world.document(config.seed, i) for i in range(c.documents)],
@@ -73,8 +76,8 @@ def _world(config: Experiment, workdir: Path) -> Task:
 
 
 def _files(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Task:
-    c = config.files
-    found = instructions.read(c, config.seed)
+    c, imported = config.files, _imported_tokenizer(config, workdir)
+    found = instructions.read(c, config.seed, imported)
     log("files: " + ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.notes.items()))
     write_json(workdir / "data" / "notes.json", found.notes)
     records = {
@@ -84,12 +87,13 @@ def _files(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Tas
         **{f"split_{s}": r for s, r in found.splits.items()},
     }
     hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for ps in instructions.paths(c).values() for p in ps]
-    mark = fingerprint(config, dataclasses.asdict(c), hashes)
+    chat = [imported.chat.before, imported.chat.after] if imported and imported.chat else []
+    mark = fingerprint(config, dataclasses.asdict(c), hashes, *chat)
     texts = _prepare(records, ("id", "prompt", "response"), workdir / "data" / "texts", mark)
     fields = ("id", "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished")
     pairs = _prepare(found.preferences, fields, workdir / "data" / "pairs", mark)
     return Task(
-        tokenizer=_learnt_tokenizer(c.vocab_size, texts["demonstrations"], workdir, mark),
+        tokenizer=imported or _learnt_tokenizer(c.vocab_size, texts["demonstrations"], workdir, mark),
         documents=lambda: texts["demonstrations"],
         held_out_documents=lambda: texts["validation"],
         demonstrations=texts["demonstrations"],
@@ -99,6 +103,31 @@ def _files(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Tas
         ppo_prompts=texts["ppo"],
         splits={s: texts[f"split_{s}"] for s in found.splits},
     )
+
+
+def tokenizer(config: Experiment, workdir: Path) -> tokens.Tokenizer:
+    """The tokenizer that a run in `workdir` works with, without its data; `UserError` if no run was begun there."""
+    return _imported_tokenizer(config, workdir) or tokens.load(workdir / "tokenizer.json")
+
+
+def base_directory(config: Experiment, workdir: Path) -> Path:
+    """The Hugging Face directory that `config.model.init` names."""
+    if config.model.init == "base":
+        return workdir / "base"
+    return weights.directory_of(config.model.init, "config.model.init")
+
+
+def _imported_tokenizer(config: Experiment, workdir: Path) -> tokens.Tokenizer | None:
+    """That of `config.model.init`, copied to the workdir once, so that nothing hangs on its directory later."""
+    if not config.model.init:
+        return None
+    folder = workdir / "tokenizer"
+    if not folder.exists():
+        source = tokens.pretrained(base_directory(config, workdir))
+        with whole_folder(folder) as partial:
+            tokens.save_files(source, partial)
+    found = tokens.pretrained(folder)
+    return tokens.with_chat(found) if config.task == "files" and config.files.prompt == "chat" else found
 
 
 def _prepare(

@@ -16,7 +16,7 @@ from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 
 STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
-CUTS = ("truncated", "overlong")  # prompts, responses
+CUTS = ("truncated", "overlong", "join_mismatch")  # of prompts, responses, and both
 SHOWN_PROMPTS, SHOWN_RESPONSES, SHOWN_LETTERS = 3, 2, 20_000
 TASKS = {"world": "the embedded world: generated forum posts to summarise", "files": "texts from files"}
 JUDGES = {
@@ -198,7 +198,9 @@ def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     results, flat = found.results, dict(_flat(config))
     if results["task"] and results["task"] != "outputs":
         yield "task", TASKS.get(results["task"], str(results["task"]))
-    if "pretrain.init" in flat:
+    if flat.get("model.init"):
+        yield "base", f"{flat['model.init']}, imported"
+    elif "pretrain.init" in flat:
         scratch = f"trained from scratch, {flat['pretrain.loop.steps']} steps"
         yield "base", scratch if flat["pretrain.init"] == "scratch" else f"{flat['pretrain.init']}, shipped"
     for fact, text in FACTS:
