@@ -340,7 +340,7 @@ def _windows(full: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 
 # The numbers that follow each type's name in `rope_scaling`.
-_ROPE_NUMBERS = {
+_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -364,14 +364,13 @@ def _rope(family: str, rope: Mapping[str, Any], head_width: int) -> dict[str, An
         numbers = [float(rope[n]) for n in ("rope_theta", *_ROPE_NUMBERS[kind])]
     except (KeyError, TypeError, ValueError):
         raise UserError(f"config.json: rope type {kind!r} needs the numbers {', '.join(_ROPE_NUMBERS[kind])}") from None
-    scaling = () if kind == "default" else (kind, *numbers[1:])
-    return {"rope_theta": numbers[0], "rope_scaling": scaling, "rope_share": float(share)}
+    return {"rope_theta": numbers[0], "rope_scaling": tuple(numbers[1:]), "rope_share": float(share)}
 
 
 def _rope_parameters(family: str, arch: model.Architecture) -> dict[str, Any]:
-    kind, *numbers = arch.rope_scaling or ("default",)
-    rope = {"rope_type": kind, "rope_theta": arch.rope_theta}
-    rope |= dict(zip(_ROPE_NUMBERS[str(kind)], numbers, strict=True))
+    kind = next(k for k, numbers in _ROPE_NUMBERS.items() if len(numbers) == len(arch.rope_scaling))
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": arch.rope_theta}
+    rope |= dict(zip(_ROPE_NUMBERS[kind], arch.rope_scaling, strict=True))
     if "original_max_position_embeddings" in rope:
         rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
     return rope | ({"partial_rotary_factor": arch.rope_share} if family == "gpt_neox" else {})

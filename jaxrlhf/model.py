@@ -45,7 +45,7 @@ class Architecture:
     position_offset: int = 0  # OPT's table starts two rows later
     rope_theta: float = 10_000.0
     rope_share: float = 1.0  # of a head's width is rotated, rounded down
-    rope_scaling: tuple[str | float, ...] = ()  # ("linear", factor) | ("llama3", factor, low, high, original context)
+    rope_scaling: tuple[float, ...] = ()  # (factor,) linear; (factor, low, high, original context) LLaMA 3's; () none
     query_scalar: float = 0.0  # scores are divided by its root; 0 = the head width
     attn_softcap: float = 0.0  # c * tanh(score / c); 0 = off
     final_softcap: float = 0.0  # the same on the logits
@@ -89,7 +89,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "embed_scaled": True,
     },
 }
-FAMILIES = {family: {"family": family} | options for family, options in _OPTIONS.items()}
+FAMILIES: dict[str, dict[str, Any]] = {family: {"family": family} | options for family, options in _OPTIONS.items()}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -164,17 +164,17 @@ def _feed_forward(a: Architecture, x_BTD: jax.Array) -> jax.Array:
 def frequencies(arch: Architecture) -> jax.Array:
     """Radians a position of each rotated pair; f32 [K/2], less where only a share of the width is rotated.
 
-    "linear" divides them all by its factor. "llama3" (Dubey et al. 2024) divides those of waves longer than the
+    Linear scaling divides them all by its factor. LLaMA 3's (Dubey et al. 2024) divides those of waves longer than the
     original context / low, keeps those of waves shorter than context / high, and goes from one to the other between.
     """
     half = int(arch.head_width * arch.rope_share) // 2
     frequency_K = arch.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if not arch.rope_scaling:
         return frequency_K
-    kind, factor, *rest = arch.rope_scaling
-    if kind == "linear":
+    factor, *bands = arch.rope_scaling
+    if not bands:
         return frequency_K / factor
-    low, high, context = rest
+    low, high, context = bands
     kept_K = jnp.clip((context * frequency_K / (2 * jnp.pi) - low) / (high - low), 0.0, 1.0)
     return (1 - kept_K) * frequency_K / factor + kept_K * frequency_K
 

@@ -53,11 +53,11 @@ PUBLISHED = [
     ({"model_type": "opt", "enable_bias": False}, {"qkv_bias": False, "o_bias": False, "mlp_bias": False}),
     (
         {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA3, "max_position_embeddings": 131072},
-        {"rope_theta": 5e5, "rope_scaling": ("llama3", 8.0, 1.0, 4.0, 8192.0)},
+        {"rope_theta": 5e5, "rope_scaling": (8.0, 1.0, 4.0, 8192.0)},
     ),
     (
         {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}, "pretraining_tp": 1},
-        {"rope_scaling": ("linear", 2.0)},
+        {"rope_scaling": (2.0,)},
     ),
     ({"model_type": "llama", "attention_bias": True}, {"qkv_bias": True, "o_bias": True, "mlp_bias": False}),
     ({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 4096}, {"windows": (4096, 4096)}),

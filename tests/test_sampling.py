@@ -61,7 +61,7 @@ def forced(arch, frozen, top, prompt_BP, mask_BP, drawn) -> np.ndarray:
         ("gpt2", 1.0, 0.7, {}),
         ("opt", 0.5, 1.0, {"norm_place": "post", "final_norm": False, "embed_width": 8}),
         ("gemma2", 0.5, 1.0, {"windows": (3, 0)}),
-        ("mistral", 0.5, 1.0, {"windows": (0, 4), "rope_scaling": ("linear", 2.0)}),
+        ("mistral", 0.5, 1.0, {"windows": (0, 4), "rope_scaling": (2.0,)}),
         ("qwen3", 0.0, 1.0, {"windows": (1, 6)}),
         ("gpt_neox", 0.5, 1.0, {}),
     ],
