@@ -269,7 +269,7 @@ def _check_sizes(family: str, fields: Mapping[str, Any]) -> None:
         raise UserError(f"config.json: head_dim={fields['head_width']} must be even, for rotary positions")
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _weight_files(directory: Path, opened_by: str = "transformers' AutoModelForCausalLM.from_pretrained") -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -284,8 +284,8 @@ def _weight_files(directory: Path) -> list[Path]:
         pickles = sorted(p.name for p in directory.glob("*.bin"))
         found = f", only {_listed(pickles)}, which can run code when read, and so is not" if pickles else ""
         raise UserError(
-            f"{directory}: no model.safetensors{found}; where PyTorch is installed, transformers' "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) writes one"
+            f"{directory}: no model.safetensors{found}; where PyTorch is installed, "
+            f"{opened_by}(DIR).save_pretrained(NEW) writes one"
         )
     return [path]
 
