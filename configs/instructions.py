@@ -50,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.ppo.update(batch_size=32, epochs=2, minibatches=2)
     c.ppo.loop.update(steps=12, log_every=1, save_every=6)
     c.ppo.optim.update(lr=3e-4)
-    c.sampling.update(samples_per_prompt=8, best_of=8, pool=16, batch_size=8)
+    c.sampling.update(samples_per_prompt=4, best_of=4, pool=16, batch_size=8)
     if variant == "smoke":
         c.files.evaluation_prompts = 4
         for stage in ("pretrain", "sft", "reward", "ppo"):

@@ -19,20 +19,22 @@ def get_config(variant: str = "") -> ConfigDict:
     c.name = "quickstart"
     c.task = "world"
     c.model.update(layers=6, width=64, heads=2, ff_width=192, prompt_length=80, response_length=24)
-    c.model.freeze_layers = 0.5  # 3 of 6 blocks, with embeddings and output head
+    c.model.freeze_layers = 0.8  # the paper's share: 4 of 6 blocks, with embeddings and output head
     c.pretrain.init = "world"  # made by this recipe with --config.pretrain.init=scratch; see jaxrlhf/assets
     c.pretrain.batch_size = 64
-    c.pretrain.loop.update(steps=600, log_every=20, eval_every=200, save_every=100)
+    c.pretrain.loop.update(steps=1500, log_every=50, eval_every=500, save_every=250)
     c.pretrain.optim.update(lr=3e-3, warmup=50, b2=0.98)
     c.sft.batch_size = 32
-    c.sft.loop.update(steps=300, log_every=20, eval_every=100, save_every=100)
-    c.sft.optim.update(lr=1.5e-3, b2=0.98)
+    c.sft.loop.update(steps=240, log_every=20, eval_every=120, save_every=60)
+    c.sft.optim.update(lr=3e-3, b2=0.98)
     c.reward.batch_size = 32
-    c.reward.loop.update(steps=160, log_every=10, eval_every=80, save_every=80)
+    c.reward.loop.update(steps=160, log_every=10, eval_every=80, save_every=40)
     c.reward.optim.update(lr=1.5e-3, b2=0.98)
     c.ppo.update(batch_size=128, epochs=4, minibatches=2, kl_coef=0.05)
-    c.ppo.loop.update(steps=40, log_every=1, save_every=10)
+    c.ppo.loop.update(steps=30, log_every=1, save_every=10)
     c.ppo.optim.update(lr=1e-3)
+    c.world.evaluation_prompts = 96  # three whole batches of sampling
+    c.sampling.update(samples_per_prompt=8, best_of=8, pool=64)
     if variant == "smoke":
         smoke(c)
     elif variant:

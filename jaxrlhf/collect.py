@@ -43,10 +43,8 @@ def sample(run: Run) -> None:
             every_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
             write_records(paths["ppo"], _rows(run, records, references, drawn, every_BN))
     write_json(folder / "bon" / "info.json", {"best_of": c.best_of, "pool": c.pool})
-    cut = {
-        s: batches.truncation(r, run.task.tokenizer, run.config.model.prompt_length) for s, r in run.task.splits.items()
-    }
-    run.finish("sample", {"prompts": {s: len(r) for s, r in run.task.splits.items()}, "truncated": cut})
+    cut = batches.cut(run.task.splits, run.task.tokenizer, **run.lengths, fields=("response",))
+    run.finish("sample", {"prompts": {s: len(r) for s, r in run.task.splits.items()}} | cut)
 
 
 def _respond(run: Run, stage: str, scorer: Scorer, records: Sequence, samples: int, index: int) -> policies.Responses:
@@ -70,8 +68,7 @@ def _references(run: Run, scorer: Scorer, records: Sequence) -> list[dict[str, f
         records,
         run.task.tokenizer,
         batch_size=run.config.sampling.batch_size,
-        prompt_length=run.config.model.prompt_length,
-        response_length=run.config.model.response_length,
+        **run.lengths,
     ):
         batch = sharding.shard_batch(batch, run.mesh)
         scored = policies.score(run.arch, run.base[0], scorer, jnp.asarray(batch.tokens_BT), jnp.asarray(batch.mask_BT))

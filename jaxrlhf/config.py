@@ -167,7 +167,9 @@ class Sampling:
 
     samples_per_prompt: int = 16
     best_of: int = 16
-    pool: int = 64  # SFT samples a prompt, from which best-of-N is drawn again and again (per-input diversity)
+    # SFT samples a prompt. With samples_per_prompt x best_of of them, each best-of-N response is picked from samples of
+    # its own; with fewer, as in the paper, picks share samples and repeat each other, and the report says so.
+    pool: int = 256
     temperature: float = 1.0  # 0 = greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ from jaxrlhf.types import ActorCritic, Frozen, Params, ScalarHead, Scorer, Top
 
 ASSETS = Path(__file__).parent / "assets"
 STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
+
+
+class Lengths(TypedDict):
+    """What batches cut texts to, in tokens."""
+
+    prompt_length: int
+    response_length: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,12 @@ class Run:
     def meta(self) -> dict[str, str]:
         """What every checkpoint of this experiment must share."""
         return {"frozen": tree_hash(self.base[0])}
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens that a prompt and a response have room for."""
+        c = self.config.model
+        return Lengths(prompt_length=c.prompt_length, response_length=c.response_length)
 
     def key(self, stage: str, step: int = 0) -> jax.Array:
         """The random key of a stage's step: nothing is drawn twice, nothing hangs on what ran before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import resource
@@ -20,16 +21,29 @@ def say(line: str) -> None:
 
 
 def progress(title: str, total: int, done: int = 0) -> tqdm:
-    """A bar on standard error with the time left; in a log that is no terminal, a line now and then."""
+    """A bar on standard error with the time left; in a log that is no terminal, a line every ten seconds or so."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=done,
         desc=title,
-        file=sys.stderr,
+        file=sys.stderr if terminal else _Lines(),
         mininterval=0.5 if terminal else 10,
         dynamic_ncols=terminal,
+        ncols=None if terminal else 100,
     )
+
+
+class _Lines(io.TextIOBase):
+    """Standard error for a log: each state of a bar on a line of its own."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip("\r\n "):
+            sys.stderr.write(f"{line}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class Log:

@@ -102,11 +102,16 @@ def generation(run: Run) -> sampling.Generation:
 
 
 def best_of_n(score_BM: np.ndarray, n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices [B, draws] of best-of-n picks, simulated from a larger pool of M samples a prompt (Kirk et al., s. 4).
+    """Indices [B, draws] of best-of-n picks from a pool of M samples a prompt: the highest score, the first on ties.
 
-    Each draw takes n of the M without replacement and picks the highest score, the first on ties.
+    A pool of n * draws or more gives each draw samples of its own, so that draws are independent. From a smaller pool
+    each draw takes n of the M without replacement, as Kirk et al. (s. 4) simulate it: draws share samples, and are less
+    diverse than best-of-n is.
     """
     B, M = score_BM.shape
-    subset_BDN = rng.permuted(np.broadcast_to(np.arange(M), (B, draws, M)), axis=-1)[..., :n]
+    if n * draws <= M:
+        subset_BDN = rng.permuted(np.broadcast_to(np.arange(M), (B, M)), axis=-1)[:, : n * draws].reshape(B, draws, n)
+    else:
+        subset_BDN = rng.permuted(np.broadcast_to(np.arange(M), (B, draws, M)), axis=-1)[..., :n]
     picked_BD = np.take_along_axis(score_BM[:, None], subset_BDN, -1).argmax(-1)
     return np.take_along_axis(subset_BDN, picked_BD[..., None], -1)[..., 0]

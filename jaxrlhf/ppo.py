@@ -205,8 +205,8 @@ def ppo(run: Run) -> None:
         meta=run.meta,
         step=step,
     )
-    cut = batches.truncation(run.task.ppo_prompts, tokenizer, run.config.model.prompt_length)
-    run.finish("ppo", {"steps": c.loop.steps, "prompts": len(run.task.ppo_prompts), "truncated": {"train": cut}})
+    cut = batches.cut({"train": run.task.ppo_prompts}, tokenizer, **run.lengths)
+    run.finish("ppo", {"steps": c.loop.steps, "prompts": len(run.task.ppo_prompts)} | cut)
 
 
 def _check(run: Run, c: Ppo) -> None:

@@ -46,9 +46,8 @@ def reward(run: Run) -> None:
     c = run.config.reward
     sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh)
     pairs = preferences(run)
-    sizes = {"prompt_length": run.config.model.prompt_length, "response_length": run.config.model.response_length}
     train_batches = batches.pair_batches(
-        pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=run.seed("reward"), **sizes
+        pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=run.seed("reward"), **run.lengths
     )
     tx = optim.optimizer(c.optim, c.loop.steps)
     frozen = run.base[0]
@@ -72,9 +71,7 @@ def reward(run: Run) -> None:
             "pairs": {s: len(p) for s, p in pairs.items()},
             "normalisation": normalisation(run, state.params),
             **{k: {s: e[k] for s, e in by_split.items() if k in e} for k in ("accuracy", "gold_accuracy")},
-            "truncated": {
-                s: batches.truncation(p, run.task.tokenizer, sizes["prompt_length"]) for s, p in pairs.items()
-            },
+            **batches.cut(pairs, run.task.tokenizer, **run.lengths, fields=("chosen", "rejected")),
         },
     )
 
@@ -115,8 +112,7 @@ def accuracy(run: Run, scorer: Scorer, pairs: Mapping[str, Sequence]) -> dict[st
             records,
             run.task.tokenizer,
             batch_size=c.reward.batch_size,
-            prompt_length=c.model.prompt_length,
-            response_length=c.model.response_length,
+            **run.lengths,
         ):
             batch = sharding.shard_batch(batch, run.mesh)
             scores = policies.score(run.arch, run.base[0], scorer, batch.tokens_BT, batch.mask_BT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from jaxrlhf import loop, losses, model, optim, sharding
 from jaxrlhf.data import batches
+from jaxrlhf.data.task import Records
 from jaxrlhf.experiment import Run
 from jaxrlhf.split import split
 from jaxrlhf.types import Frozen, SftBatch, Top, TrainState
@@ -40,10 +42,18 @@ _evaluate = partial(jax.jit, static_argnames=("arch",))(
 )
 
 
-def train(run: Run, stage: str, frozen: Frozen, top: Top, examples, prompt_weight: float, meta) -> Top:
+def train(
+    run: Run,
+    stage: str,
+    frozen: Frozen,
+    top: Top,
+    examples: Records,
+    validation: Records,
+    prompt_weight: float,
+    meta: Mapping[str, str],
+) -> None:
     """Trains `top` on examples of {prompt, response}, for `pretrain` and `sft` alike."""
     c = run.config.sft if stage == "sft" else run.config.pretrain
-    sizes = {"prompt_length": run.config.model.prompt_length, "response_length": run.config.model.response_length}
     sharding.check_divides(f"config.{stage}.batch_size", c.batch_size, run.mesh)
     train_batches = batches.sft_batches(
         examples,
@@ -51,9 +61,9 @@ def train(run: Run, stage: str, frozen: Frozen, top: Top, examples, prompt_weigh
         batch_size=c.batch_size,
         prompt_weight=prompt_weight,
         seed=run.seed(stage),
-        **sizes,
+        **run.lengths,
     )
-    held_out = list(batches.eval_sft_batches(run.task.validation, run.task.tokenizer, batch_size=c.batch_size, **sizes))
+    held_out = list(batches.eval_sft_batches(validation, run.task.tokenizer, batch_size=c.batch_size, **run.lengths))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         nats = tokens = 0.0
@@ -73,19 +83,19 @@ def train(run: Run, stage: str, frozen: Frozen, top: Top, examples, prompt_weigh
         step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
         evaluate=evaluate,
     )
-    cut = batches.truncation(examples, run.task.tokenizer, sizes["prompt_length"])
-    run.finish(stage, {"steps": c.loop.steps, "examples": len(examples), "truncated": {"train": cut}} | evaluate(state))
-    return state.params
+    cut = batches.cut({"train": examples}, run.task.tokenizer, **run.lengths, fields=("response",))
+    run.finish(stage, {"steps": c.loop.steps, "examples": len(examples)} | cut | evaluate(state))
 
 
 def pretrain(run: Run) -> None:
     """The base model from scratch, everything trained; loss on the prompts too, at a lower weight."""
     frozen, top = split(model.init(run.arch, run.key("init")), 0)
     top = sharding.place(top, run.mesh)
-    train(run, "pretrain", frozen, top, run.task.documents(), run.config.pretrain.prompt_weight, {})
+    examples, held_out = run.task.documents(), run.task.held_out_documents()
+    train(run, "pretrain", frozen, top, examples, held_out, run.config.pretrain.prompt_weight, {})
 
 
 def sft(run: Run) -> None:
     """Supervised fine-tuning of TOP on demonstrations, with loss on the response and its end-of-text only."""
     frozen, top = run.base
-    train(run, "sft", frozen, top, run.task.demonstrations, 0.0, run.meta)
+    train(run, "sft", frozen, top, run.task.demonstrations, run.task.validation, 0.0, run.meta)

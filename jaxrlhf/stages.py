@@ -24,7 +24,7 @@ def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_fi
         if stage == "evaluate":
             if fresh or not skip_finished or not (workdir / "results.json").exists():
                 say(f"{title}: measuring generalisation and diversity")
-                print(results.table(results.evaluate_samples(workdir, config, say)))
+                print(results.table(results.evaluate_samples(workdir, config)))
                 fresh = True
         elif stage == "report":
             if fresh or not skip_finished or not (workdir / "report" / "index.html").exists():

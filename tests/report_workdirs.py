@@ -2,6 +2,7 @@
 
 import math
 
+from jaxrlhf.evaluation.measures import against_each_other
 from jaxrlhf.files import write_json, write_records
 
 SPLITS = ("id", "ood_subreddit", "ood_length", "ood_sentiment", "ood_news")
@@ -25,6 +26,25 @@ def around(mean, half, n=100, **more):
 
 def share(x):
     return 1 / (1 + math.exp(-x))
+
+
+def differences(results):
+    """Paired differences of each pair, as wide as both intervals together."""
+    policies, gap = results["policies"], results["generalisation_gap"]
+
+    def minus(a, b):
+        if "mean" not in a:
+            return {k: minus(a[k], b[k]) for k in a if k in b and isinstance(a[k], dict)}
+        half = (a["high"] - a["low"] + b["high"] - b["low"]) / 2
+        return around(a["mean"] - b["mean"], half, min(a["n"], b["n"]))
+
+    return [
+        {"split": s, "a": a, "b": b}
+        | minus(policies[a][s], policies[b][s])
+        | ({"gap": minus(gap[a][s], gap[b][s])} if s in gap.get(a, {}) else {})
+        for a, b in against_each_other(list(policies))
+        for s in policies[a]
+    ]
 
 
 def recipe_results():
@@ -65,7 +85,7 @@ def recipe_results():
         for a, b in (("bon", "sft"), ("ppo", "sft"), ("ppo", "bon"))
         for i, s in enumerate(SPLITS)
     ]
-    return {
+    results = {
         "schema": 1,
         "task": "world",
         "judge": "gold",
@@ -75,6 +95,7 @@ def recipe_results():
         "generalisation_gap": gap,
         "comparisons": heads,
     }
+    return results | {"differences": differences(results)}
 
 
 def recipe_config():
@@ -199,4 +220,4 @@ def outputs_results(names, splits):
         "generalisation_gap": {},
         "comparisons": [],
     }
-    return results
+    return results | {"differences": differences(results)}

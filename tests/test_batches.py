@@ -108,11 +108,13 @@ def test_empty_prompts_and_responses():
 
 
 def test_what_is_cut_is_counted():
-    assert batches.truncation(EXAMPLES, LETTERS, 4) == 0
-    assert batches.truncation(EXAMPLES, LETTERS, 3) == 1
-    assert batches.truncation(EXAMPLES, LETTERS, 1) == 2
-    assert batches.overlong(EXAMPLES, LETTERS, 5) == 0
-    assert batches.overlong(EXAMPLES, LETTERS, 4) == 1  # four tokens leave no room for the end
+    def cut(prompt_length, response_length, records=EXAMPLES, fields=("response",)):
+        found = batches.cut({"train": records}, LETTERS, prompt_length, response_length, fields)
+        return found["truncated"]["train"], found["overlong"]["train"]
+
+    assert [cut(n, 9)[0] for n in (4, 3, 1)] == [0, 1, 2]
+    # four tokens leave no room for the end of the longest
+    assert [cut(9, n)[1] for n in (5, 4)] == [0, 1]
 
 
 # ---- a pure function of (seed, step)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.evaluation.diversity import across_input, count, distinct, ead, ngram_cosine, per_input, words
-from jaxrlhf.evaluation.results import measure_diversity
+from jaxrlhf.evaluation.measures import Measured, estimates
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "diversity_released.json").read_text(encoding="utf-8"))
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -121,7 +121,12 @@ def test_across_input_intervals_cover_the_mean_of_fresh_sets():
         lengths = rng.geometric(0.08, 60)
         return [[" ".join(map(str, rng.choice(399, n, p=chance / chance.sum())))] for n in lengths]
 
-    found = [measure_diversity(fresh(), False, 10)["across_input"] for _ in range(300)]
+    def measured():
+        m = Measured(range(60))
+        m.add_texts(fresh(), False)
+        return estimates(m, 10)["diversity"]["across_input"]
+
+    found = [measured() for _ in range(300)]
     for name in FUNCTIONS:
         truth = np.mean([e[name]["mean"] for e in found])
         hits = np.mean([e[name]["low"] <= truth <= e[name]["high"] for e in found])

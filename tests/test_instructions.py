@@ -250,13 +250,16 @@ def test_files_as_a_task(data, tmp_path):
     assert made.preferences is not None
     assert {s: list(r) for s, r in made.preferences.items()} == found.preferences
     assert (made.gold, made.prefers_first, list(made.preference_prompts)) == (None, None, [])
-    assert json.loads(json.dumps(made.notes)) == found.notes
+    assert json.loads((workdir / "data" / "notes.json").read_text()) == found.notes
     assert "1 without reference" in said[0]
     text = made.demonstrations[0]["prompt"] + made.demonstrations[0]["response"]
     assert made.tokenizer.decode(made.tokenizer.encode(text)) == text
 
+    (workdir / "data" / "notes.json").unlink()  # the only file that is written each time
     kept = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     again = task.load(experiment(c), workdir, said.append)
+    assert json.loads((workdir / "data" / "notes.json").read_text()) == found.notes
+    (workdir / "data" / "notes.json").unlink()
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == kept
     assert again.tokenizer.encode(text) == made.tokenizer.encode(text)
     write("outputs/b.json", [r | {"output": "changed within the same length"} for r in answers("b")])

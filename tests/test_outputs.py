@@ -106,13 +106,13 @@ def test_bad_lines_and_empty_files_are_named(tmp_path):
 
 def test_verdicts_by_hand(tmp_path):
     # 1.25 is a judge that gives output_2 a chance of a quarter
-    found = read_verdicts([verdicts(tmp_path, [2, 1, 1.5, 0, None, 2.0, 1.25])])
+    found = list(read_verdicts([verdicts(tmp_path, [2, 1, 1.5, 0, None, 2.0, 1.25])]).values())
     assert found == [("d", x) for x in (1.0, 0.0, 0.5, 0.5, 1.0, 0.25)]
 
 
 def test_verdicts_on_several_samples_of_a_prompt_are_one_item(tmp_path):
     files = [verdicts(tmp_path, [2, 1, None, 2], "v"), verdicts(tmp_path, [2, 2, 1, None], "w")]
-    assert read_verdicts(files) == [("d", 1.0), ("d", 0.5), ("d", 1.0), ("d", 0.0)]
+    assert list(read_verdicts(files).values()) == [("d", 1.0), ("d", 0.5), ("d", 1.0), ("d", 0.0)]
 
 
 @pytest.mark.parametrize("preference", [3, 0.5, -1, True, "2", [1], {"a": 1}, float("nan")])
@@ -135,7 +135,7 @@ def test_published_win_rates():
     assert models
     for model in models:
         wanted = published[model]
-        e = win_rate(np.array([o for _, o in read_verdicts([DATA / "annotations" / f"{model}.json"])]))
+        e = win_rate(np.array([o for _, o in read_verdicts([DATA / "annotations" / f"{model}.json"]).values()]))
         assert 100 * e["mean"] == pytest.approx(wanted["win_rate"], abs=1e-6)
         assert 100 * e["se"] == pytest.approx(wanted["standard_error"], abs=1e-6)
         assert e["n"] == wanted["n_total"]

@@ -9,6 +9,7 @@ import pytest
 from report_workdirs import (
     SPLITS,
     around,
+    differences,
     outputs_results,
     outputs_workdir,
     recipe_config,
@@ -93,7 +94,7 @@ def test_every_number_of_the_results_is_shown(recipe):
     workdir, page = recipe
     cells = [re.sub("<.*?>", "", c) for c in re.findall(r"<td.*?</td>", page)]
     held = list(estimates(json.loads((workdir / "results.json").read_text())))
-    assert len(held) == 15 * (4 + 6) + 3 * 4 * 3 + 3 * 5
+    assert len(held) == 15 * (4 + 6) + 3 * 4 * 3 + 3 * 5 + 3 * (5 * (4 + 6) + 4 * 3)
     for e in held:
         assert f"{e['mean']:.6g}" in cells
         assert f"{e['low']:.6g} to {e['high']:.6g}" in cells
@@ -139,11 +140,12 @@ def found_of(sft, ppo, tmp_path):
         }
         for name, values in (("sft", sft), ("ppo", ppo))
     }
-    write_json(tmp_path / "results.json", {"schema": 1, "policies": policies})
+    results = {"schema": 1, "policies": policies, "generalisation_gap": {}}
+    write_json(tmp_path / "results.json", results | {"differences": differences(results)})
     return report.read_results(tmp_path)
 
 
-def test_only_intervals_that_do_not_overlap_decide(tmp_path):
+def test_only_differences_whose_interval_excludes_0_decide(tmp_path):
     found = found_of([(0.1, 0.2), (0.5, 0.6), (0.3, 0.5)], [(0.3, 0.4), (0.1, 0.2), (0.4, 0.6)], tmp_path)
     said = findings.sentences(found)["generalisation"]
     assert said[0].startswith("On a, win rate: 0.150 [0.100,")
@@ -154,10 +156,9 @@ def test_only_intervals_that_do_not_overlap_decide(tmp_path):
 
 
 def test_one_item_decides_nothing():
-    low, high, one = around(0.2, 0.1), around(0.8, 0.1), around(0.8, 0.0, n=1)
-    assert findings.compare({"a": high}, {"a": low}).above == ("a",)
-    assert findings.compare({"a": one}, {"a": low}).undecided == ("a",)
-    assert findings.compare({"a": low}, {"a": one}).undecided == ("a",)
+    above, below, one, wide = around(0.6, 0.2), around(-0.6, 0.2), around(0.8, 0.0, n=1), around(0.1, 0.2)
+    verdict = findings.decide({"a": above, "b": below, "c": one, "d": wide})
+    assert verdict == (("a",), ("b",), ("c", "d"))
 
 
 def test_a_ppo_that_is_worse_is_said_to_be_worse(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 from jaxrlhf.config import Evaluation, Experiment
 from jaxrlhf.evaluation import results
-from jaxrlhf.evaluation.generalisation import comparisons, gaps, outcomes
+from jaxrlhf.evaluation.generalisation import comparisons, outcomes
+from jaxrlhf.evaluation.measures import Measured, differences, gap, gap_differences
 from jaxrlhf.files import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
@@ -97,12 +98,50 @@ def test_outcomes_by_hand():
     assert outcomes(a_BN, b_BM).tolist() == [0.25, 1.0]  # a draw and a loss; two wins
 
 
-def test_gap_and_comparisons_by_hand():
-    values = {"p": {"id": {"gold": np.array([3.0, 3.0])}, "ood_x": {"gold": np.array([1.0, 1.0, 1.0])}}}
-    assert gaps(values, 100)["p"]["ood_x"]["gold"] == {"mean": 2.0, "low": 2.0, "high": 2.0, "n": 2}
+def test_comparisons_by_hand():
     judged = {"a": {"id": np.array([[1.0], [2.0]])}, "b": {"id": np.array([[2.0], [2.0]])}}
     (found,) = comparisons(judged, 100)
     assert (found["a"], found["b"], found["win_rate"]["mean"]) == ("b", "a", 0.75)
+
+
+def golds(**values):
+    m = Measured(list(values))
+    m.add_mean(("gold",), list(values), list(values.values()))
+    return m
+
+
+def test_gaps_by_hand():
+    near, far = golds(p=3.0, q=3.0), golds(r=1.0, s=1.0, t=1.0)
+    assert gap(near, far, 100) == {"gold": {"mean": 2.0, "low": 2.0, "high": 2.0, "n": 2}}
+
+
+def test_differences_are_paired_by_prompt_whatever_the_order():
+    """Prompts differ by hundreds, the policies by about 1: only pairing can tell them apart."""
+    a, b = golds(p=1.0, q=300.0, r=-200.0, only_a=7.0), golds(r=-201.5, q=299.0, p=0.25, only_b=9.0)
+    e = differences(a, b, 500)["gold"]
+    assert (e["mean"], e["n"]) == (pytest.approx((0.75 + 1.0 + 1.5) / 3), 3)
+    assert 0.75 <= e["low"] <= e["high"] <= 1.5
+    reverse = differences(b, a, 500)["gold"]
+    assert (reverse["mean"], reverse["n"]) == (pytest.approx(-e["mean"]), 3)
+
+
+def test_a_difference_of_gaps_by_hand():
+    """a loses 3 - 1 = 2, b loses 2.5 - 2 = .5, prompt by prompt without noise."""
+    a = {"id": golds(p=3.0, q=13.0), "ood_x": golds(r=1.0, s=11.0)}
+    b = {"id": golds(p=2.5, q=12.5), "ood_x": golds(r=2.0, s=12.0)}
+    e = gap_differences(a, b, "ood_x", 100)["gold"]
+    assert (e["mean"], e["low"], e["high"], e["n"]) == (1.5, 1.5, 1.5, 2)
+
+
+def test_across_input_differences_are_jackknifed_over_the_same_prompts(tmp_path):
+    texts = ["x y z", "x y", "p q r s", "x"]
+    a, b, c = Measured([0, 1, 2, 3]), Measured([3, 2, 1, 0]), Measured([0, 1, 2, 4])
+    for m, held in ((a, texts), (b, texts[::-1]), (c, texts)):
+        m.add_texts([[t] for t in held], False)
+    same = differences(a, b, 100)["diversity"]["across_input"]
+    assert all(abs(e[k]) < 1e-12 for e in same.values() for k in ("mean", "low", "high"))
+    assert "diversity" not in differences(a, c, 100)
+    assert differences(a, c, 100)["length"]["n"] == 3
 
 
 def record(i, gold, scores, **reference):
@@ -126,7 +165,7 @@ def samples(tmp_path, policy, split, records):
 
 def evaluate(tmp_path, judge="gold"):
     config = Experiment(evaluation=Evaluation(judge=judge, bootstrap=200))
-    return results.evaluate_samples(tmp_path, config, lambda line: None)
+    return results.evaluate_samples(tmp_path, config)
 
 
 def a_workdir(tmp_path):
@@ -163,6 +202,13 @@ def test_a_recipes_samples_by_hand(tmp_path):
     # ppo against sft, all four pairs: prompt 1 is {1, 2} against {0, 1}, 3.5 of 4; prompts 2 and 3 all wins
     (e,) = [c for c in found["comparisons"] if c["split"] == "id"]
     assert (e["a"], e["b"], e["win_rate"]["mean"]) == ("ppo", "sft", pytest.approx((3.5 / 4 + 1 + 1) / 3))
+    # every ppo response is one better than sft's, and says the same
+    assert [(d["split"], d["a"], d["b"]) for d in found["differences"]] == [
+        (s, "ppo", "sft") for s in ("id", "ood_a", "ood_b")
+    ]
+    d = found["differences"][1]
+    assert d["gold"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    assert d["diversity"]["across_input"]["ead"]["mean"] == d["gap"]["gold"]["mean"] == 0.0
     assert json.loads((tmp_path / "results.json").read_text()) == found
 
 

@@ -26,14 +26,28 @@ class Batches(Protocol[Batch]):
     def __getitem__(self, step: int, /) -> Batch: ...
 
 
-def truncation(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int) -> int:
-    """How many prompts lose their left end to fit."""
-    return sum(len(ids) > prompt_length for ids in _encode(records, "prompt", tokenizer))
+def cut(
+    sets: Mapping[str, Sequence[Record]],
+    tokenizer: Tokenizer,
+    prompt_length: int,
+    response_length: int,
+    fields: Sequence[str] = (),
+) -> dict[str, dict[str, int]]:
+    """Of each set, how many prompts lose their left end to fit, and how many texts of `fields` their right end.
 
-
-def overlong(records: Sequence[Record], tokenizer: Tokenizer, response_length: int) -> int:
-    """How many responses lose their right end, and so their end-of-text token, to fit."""
-    return sum(len(ids) + 1 > response_length for ids in _encode(records, "response", tokenizer))
+    Returns {"truncated": {set: prompts}, "overlong": {set: responses}}, the second where `fields` are given.
+    """
+    found = {
+        "truncated": {
+            k: sum(len(ids) > prompt_length for ids in _encode(r, "prompt", tokenizer)) for k, r in sets.items()
+        }
+    }
+    if fields:
+        found["overlong"] = {
+            k: sum(len(ids) > response_length for field in fields for ids in _ended(list(r), field, tokenizer))
+            for k, r in sets.items()
+        }
+    return found
 
 
 def sft_batches(
@@ -118,21 +132,24 @@ def _encode(records: Iterable[Record], field: str, tokenizer: Tokenizer) -> list
 
 def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
     found = list(records)  # read once: a record is decoded each time that it is asked for
-    prompts, responses = _encode(found, "prompt", tokenizer), _encode(found, "response", tokenizer)
-    return [
-        (p[-prompt_length:], [*q, tokenizer.eos_id][:response_length]) for p, q in zip(prompts, responses, strict=True)
-    ]
+    prompts, responses = _encode(found, "prompt", tokenizer), _ended(found, "response", tokenizer)
+    return [(p[-prompt_length:], q[:response_length]) for p, q in zip(prompts, responses, strict=True)]
+
+
+def _ended(records: Sequence[Record], field: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids with an end-of-text token, but for responses that are known not to have ended by themselves."""
+    ends = [[tokenizer.eos_id] if r.get(f"{field}_finished", "1") == "1" else [] for r in records]
+    return [ids + end for ids, end in zip(_encode(records, field, tokenizer), ends, strict=True)]
 
 
 def _pairs(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
-    """Prompt and response of both sides; an end-of-text token only where the response ended by itself."""
+    """Prompt and response of both sides."""
     found = list(records)
     prompts = _encode(found, "prompt", tokenizer)
-    sides = []
-    for side in ("chosen", "rejected"):
-        ends = [[tokenizer.eos_id] if r[f"{side}_finished"] == "1" else [] for r in found]
-        rows = zip(prompts, _encode(found, side, tokenizer), ends, strict=True)
-        sides.append([p[-prompt_length:] + (q + end)[:response_length] for p, q, end in rows])
+    sides = [
+        [p[-prompt_length:] + q[:response_length] for p, q in zip(prompts, _ended(found, side, tokenizer), strict=True)]
+        for side in ("chosen", "rejected")
+    ]
     return list(zip(*sides, strict=True))
 
 

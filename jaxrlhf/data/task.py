@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import jaxrlhf
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import builders, instructions, tokens, world
-from jaxrlhf.files import read_text, write_text
+from jaxrlhf.files import read_text, write_json, write_text
 
 Records = Sequence[dict[str, str]]
 
@@ -26,6 +26,7 @@ class Task:
 
     tokenizer: tokens.Tokenizer
     documents: Callable[[], Records]  # for pretraining, made when asked for
+    held_out_documents: Callable[[], Records]
     demonstrations: Records
     validation: Records
     preference_prompts: Records  # whose SFT samples the annotators compare; empty where `preferences` exist
@@ -34,7 +35,6 @@ class Task:
     splits: Mapping[str, Records]  # evaluation prompts, "id" first, then "ood_..."
     gold: Callable[[str, str, bool], float] | None = None  # (facts, response, finished)
     prefers_first: Callable[[float, float, float, np.random.Generator], bool] | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)  # what was skipped, and how often
 
 
 def load(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Task:
@@ -60,6 +60,7 @@ def _world(config: Experiment, workdir: Path) -> Task:
     return Task(
         tokenizer=tokenizer,
         documents=lambda: [world.document(config.seed, i) for i in range(c.documents)],
+        held_out_documents=lambda: [world.document(config.seed, c.documents + i) for i in range(c.evaluation_prompts)],
         demonstrations=splits["demonstrations"],
         validation=splits["validation"],
         preference_prompts=splits["preference"],
@@ -75,6 +76,7 @@ def _files(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Tas
     c = config.files
     found = instructions.read(c, config.seed)
     log("files: " + ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.notes.items()))
+    write_json(workdir / "data" / "notes.json", found.notes)
     records = {
         "demonstrations": found.demonstrations,
         "validation": found.validation,
@@ -89,13 +91,13 @@ def _files(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Tas
     return Task(
         tokenizer=_learnt_tokenizer(c.vocab_size, texts["demonstrations"], workdir, mark),
         documents=lambda: texts["demonstrations"],
+        held_out_documents=lambda: texts["validation"],
         demonstrations=texts["demonstrations"],
         validation=texts["validation"],
         preference_prompts=(),
         preferences=pairs,
         ppo_prompts=texts["ppo"],
         splits={s: texts[f"split_{s}"] for s in found.splits},
-        notes=found.notes,
     )
 
 

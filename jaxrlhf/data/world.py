@@ -51,6 +51,7 @@ __all__ = [
     "prefers_first",
 ]
 
+COMMENT_WORDS = 23  # with the end-of-text token, the 24 tokens of a response
 SPLITS = ("id", "ood_subreddit", "ood_length", "ood_sentiment", "ood_news")
 KINDS = ("preference", "ppo", "validation", "evaluation")
 
@@ -74,12 +75,11 @@ class _Post:
 
 
 def document(seed: int, i: int) -> dict[str, str]:
-    """Pretraining: a post of any topic and feeling, then a comment of four short sentences that copy its facts."""
+    """Pretraining: a post of any topic and feeling, then a comment that copies its facts in short sentences."""
     draw = _stream(seed, "document", "id", i)
     topic = RELATIONSHIPS if draw() < 0.3 else _pick(draw, TOPICS)
     made = _post(draw, topic, POSITIVE if draw() < 0.5 else NEGATIVE, n_asides=int(draw() < 0.5))
-    comment = " ".join(_fill(draw, template, made.topic, made.facts) for template in _sample(draw, COMMENTS, 4))
-    return {"id": f"document-{i}", "prompt": f"{made.text}\nCOMMENT:", "response": f" {comment}"}
+    return {"id": f"document-{i}", "prompt": f"{made.text}\nCOMMENT:", "response": f" {_comment(draw, made)}"}
 
 
 def demonstration(seed: int, i: int) -> dict[str, str]:
@@ -146,6 +146,18 @@ def _post(draw: Draw, topic: Topic, feelings: tuple[Concept, ...], n_asides: int
     return _Post(topic, concepts, facts, tuple(asides), text)
 
 
+def _comment(draw: Draw, made: _Post) -> str:
+    """Different short sentences in random order, as many as a summary has room for, some of them hedged or signed."""
+    said = [_pick(draw, HEDGES)] if draw() < 0.2 else []
+    after = [_pick(draw, SIGN_OFFS)] if draw() < 0.2 else []
+    for template in _shuffled(draw, COMMENTS):
+        sentence = _fill(draw, template, made.topic, made.facts)
+        if len(" ".join([*said, sentence, *after]).split()) > COMMENT_WORDS:
+            break
+        said.append(sentence)
+    return " ".join([*said, *after])
+
+
 def _summarise(draw: Draw, made: _Post) -> str:
     """A demonstrator of random skill q ~ Beta(4, 2) forgets facts, mixes some up, and pads the rest."""
     q = sorted(draw() for _ in range(5))[3]  # the fourth smallest of five uniforms is Beta(4, 2)
@@ -180,6 +192,5 @@ def _pick(draw: Draw, options: Sequence[T]) -> T:
     return options[int(draw() * len(options))]
 
 
-def _sample(draw: Draw, options: Sequence[T], n: int) -> list[T]:
-    """`n` different options in random order."""
-    return [option for _, option in sorted(((draw(), option) for option in options), key=lambda pair: pair[0])][:n]
+def _shuffled(draw: Draw, options: Sequence[T]) -> list[T]:
+    return [option for _, option in sorted(((draw(), option) for option in options), key=lambda pair: pair[0])]

@@ -192,7 +192,8 @@ WORLD_NEWS = Topic(
 SUBREDDITS = (RELATIONSHIPS, JOBS, PETS, SCHOOL)
 TOPICS = (*SUBREDDITS, WORLD_NEWS)
 
-# What a pretraining document's comment is made of: short sentences that each copy one to three facts.
+# What a pretraining document's comment is made of: short sentences that each copy one to three facts. Between them they
+# use every word of a summary, since the output head learns its words here and is frozen afterwards.
 COMMENTS = (
     "{my} {who} {act} the {object} .",
     "it happened in the {place} .",
@@ -202,6 +203,13 @@ COMMENTS = (
     "{my} {who} {act} something .",
     "it was {my} {who} .",
     "all about the {object} .",
+    "not sure if {i} should {question} .",
+    "is it time to {question} ?",
+    "it is about {my} {who} and the {object} .",
+    "in the {place} , someone {act} {my} {object} .",
+    "{i_am} {feeling} because {my} {who} {act} something .",
+    "{my} {who} {act} something and {i_feel} {feeling} .",
+    "it happened in the {place} so {i_am} {feeling} .",
 )
 
 # What a sloppy demonstrator puts around a summary.

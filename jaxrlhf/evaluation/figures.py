@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from jaxrlhf.evaluation.measures import Place
+
 Estimate = Mapping[str, float]  # mean, low, high, n
 Series = Mapping[str, Mapping[str, Estimate]]  # policy -> split -> estimate
-Place = tuple[str, ...]  # where an estimate lies within a policy's split
 
 
 class Look(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.evaluation.figures import METRICS, SCOPES, Estimate, Look, label
+from jaxrlhf.evaluation.measures import Place, against_each_other
 
-Place = tuple[str, ...]  # where an estimate lies within a policy's split: ("win_rate",), ("diversity", scope, metric)
 BySplit = Mapping[str, Estimate]
 SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length"}
 PERFORMANCE: tuple[Place, ...] = (("win_rate",), ("gold",), ("score",))  # the first that is there speaks for it
@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Splits on which one estimate's interval lies wholly above the other's, wholly below it, or neither."""
+    """Splits on which one policy's number is decidedly above the other's, below it, or neither."""
 
     above: tuple[str, ...]
     below: tuple[str, ...]
@@ -41,13 +41,12 @@ class Words(NamedTuple):
     same: str
 
 
-def compare(a: BySplit, b: BySplit) -> Verdict:
-    """The verdict on a against b, over the splits of both; one item alone has no interval and decides nothing."""
-    shared = [s for s in a if s in b]
-    known = [s for s in shared if 1 not in (a[s]["n"], b[s]["n"])]
-    above = tuple(s for s in known if a[s]["low"] > b[s]["high"])
-    below = tuple(s for s in known if a[s]["high"] < b[s]["low"])
-    return Verdict(above, below, tuple(s for s in shared if s not in above + below))
+def decide(differences: BySplit) -> Verdict:
+    """On which splits a difference's interval excludes 0; one item alone has no interval and decides nothing."""
+    known = {s: e for s, e in differences.items() if e["n"] != 1}
+    above = tuple(s for s, e in known.items() if e["low"] > 0)
+    below = tuple(s for s, e in known.items() if e["high"] < 0)
+    return Verdict(above, below, tuple(s for s in differences if s not in above + below))
 
 
 def walk(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Estimate]]:
@@ -67,6 +66,12 @@ def series(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
         for policy, splits in found.results["policies"].items()
     }
     return {policy: splits for policy, splits in held.items() if splits}
+
+
+def differences(found: Found, a: str, b: str, place: Place) -> dict[str, Estimate]:
+    """Split -> a minus b in what was measured at `place`, paired by prompt."""
+    told = {d["split"]: d for d in found.results["differences"] if (d["a"], d["b"]) == (a, b)}
+    return {s: e for s in found.splits if s in told for p, e in walk(told[s]) if p == place}
 
 
 def gaps(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
@@ -111,8 +116,7 @@ def variety(found: Found) -> Place | None:
 
 def pairs(found: Found) -> list[tuple[str, str]]:
     """Each policy beside SFT, or beside the first one; and PPO beside best-of-N."""
-    base = "sft" if "sft" in found.looks else next(iter(found.looks))
-    return [(p, base) for p in found.looks if p != base] + [("ppo", "bon")] * ({"ppo", "bon"} <= found.looks.keys())
+    return list(against_each_other(list(found.looks)))
 
 
 def estimate(e: Estimate) -> str:
@@ -159,8 +163,7 @@ def _of_pairs(found: Found, places: Sequence[Place], more: str, less: str) -> It
     for a, b in pairs(found):
         one, other = found.looks[a].label, found.looks[b].label
         words = Words(one, f"{more} {other}", f"{less} {other}", f"is not told apart from {other}")
-        held = {p: series(found, p) for p in places}
-        yield from _said(found, {p: compare(s.get(a, {}), s.get(b, {})) for p, s in held.items()}, words)
+        yield from _said(found, {p: decide(differences(found, a, b, p)) for p in places}, words)
 
 
 def _of_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
@@ -168,31 +171,29 @@ def _of_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
         one, other = found.looks[a].label, found.looks[b].label
         same = f"is not shown to lose more or less than {other}"
         words = Words(one, f"loses more than {other}", f"loses less than {other}", same)
-        held = {p: gaps(found, p) for p in places}
-        yield from _said(found, {p: compare(s.get(a, {}), s.get(b, {})) for p, s in held.items()}, words)
+        yield from _said(found, {p: decide(differences(found, a, b, ("gap", *p))) for p in places}, words)
 
 
 def _of_lone_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
-    zero = _level(found, 0.0)
     for policy, look in found.looks.items():
         more, less = "does worse than in distribution", "does better than in distribution"
         words = Words(look.label, more, less, "is not shown to do better or worse than in distribution")
-        yield from _said(found, {p: compare(gaps(found, p).get(policy, {}), zero) for p in places}, words)
+        yield from _said(found, {p: decide(gaps(found, p).get(policy, {})) for p in places}, words)
 
 
 def _of_heads(found: Found) -> Iterator[str]:
     for (a, b), held in heads(found).items():
         one, other = found.looks[a].label, found.looks[b].label
         words = Words(one, f"beats {other}", f"loses to {other}", f"and {other} are not told apart")
-        yield from _said(found, {("head-to-head comparison",): compare(held, _level(found, 0.5))}, words)
+        margins = {s: dict(e) | {k: e[k] - 0.5 for k in ("mean", "low", "high")} for s, e in held.items()}
+        yield from _said(found, {("head-to-head comparison",): decide(margins)}, words)
 
 
 def _bargains(found: Found, best: Place | None, varied: Place | None) -> Iterator[str]:
     if not (best and varied):
         return
     for a, b in pairs(found):
-        held = [series(found, p) for p in (best, varied)]
-        does, has = (compare(s.get(a, {}), s.get(b, {})) for s in held)
+        does, has = (decide(differences(found, a, b, p)) for p in (best, varied))
         both = [s for side in does for s in side if any(s in other for other in has)]
         both = [s for s in both if s != ALL] or both
         if both:
@@ -202,10 +203,6 @@ def _bargains(found: Found, best: Place | None, varied: Place | None) -> Iterato
                 f"Beside {found.looks[b].label}, {found.looks[a].label} is better and less diverse on {len(paid)} of "
                 f"{len(both)} splits, and better without a decided loss of diversity on {len(free)}."
             )
-
-
-def _level(found: Found, value: float) -> dict[str, Estimate]:
-    return {s: {"mean": value, "low": value, "high": value, "n": 0} for s in found.splits}
 
 
 def _said(found: Found, verdicts: Mapping[Place, Verdict], words: Words) -> Iterator[str]:

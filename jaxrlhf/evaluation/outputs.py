@@ -85,7 +85,7 @@ def _fields(path: Path, i: int, record: dict[str, Any]) -> tuple[Any, list[str]]
     return prompt, texts
 
 
-def read_verdicts(paths: Sequence[Path]) -> list[tuple[str, float]]:
+def read_verdicts(paths: Sequence[Path]) -> dict[Key, tuple[str, float]]:
     """(dataset, outcome) of each prompt with a verdict: 1 the policy (output_2) wins, 0 the baseline, .5 a draw.
 
     A missing verdict (null) does not count. Several files are verdicts on several samples of the same prompts: a
@@ -102,7 +102,7 @@ def read_verdicts(paths: Sequence[Path]) -> list[tuple[str, float]]:
                 outcomes.setdefault(key, []).append(_outcome(path, i, record["preference"]))
     if not outcomes:
         raise UserError(f"{', '.join(map(str, paths))}: no verdict in it")
-    return [(dataset[key], sum(found) / len(found)) for key, found in outcomes.items()]
+    return {key: (dataset[key], sum(found) / len(found)) for key, found in outcomes.items()}
 
 
 def _outcome(path: Path, i: int, preference: Any) -> float:

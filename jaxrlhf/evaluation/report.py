@@ -16,6 +16,7 @@ from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 
 STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
+CUTS = ("truncated", "overlong")  # prompts, responses
 SHOWN_PROMPTS, SHOWN_RESPONSES, SHOWN_LETTERS = 3, 2, 20_000
 TASKS = {"world": "the embedded world: generated forum posts to summarise", "files": "texts from files"}
 JUDGES = {
@@ -61,7 +62,8 @@ def write_report(workdir: Path) -> Path:
         "title": config.get("name", "outputs"),
         "facts": list(_facts(found, config)),
         "config": list(_flat(config)),
-        "truncated": [(s, k, n) for s, m in summaries.items() for k, n in m.get("truncated", {}).items()],
+        **{cut: [(s, k, n) for s, m in summaries.items() for k, n in m.get(cut, {}).items()] for cut in CUTS},
+        "notes": [(k.replace("_", " "), n) for k, n in _json(workdir / "data" / "notes.json").items() if n],
         "said": findings.sentences(found),
         "tables": [(p, findings.series(found, p)) for p in (findings.performance(found), findings.variety(found)) if p],
         "curves": {s: [(n, title) for n, title, _ in drawn] for s, drawn in curves.items() if drawn},
@@ -70,6 +72,7 @@ def write_report(workdir: Path) -> Path:
         "decided": list(_decided(found)),
         "pairs": findings.pairs(found),
         "counts": list(_counts(found)),
+        "shares": shares(found.results),
         "rows": list(_rows(found)),
     }
     context["absent"] = list(_absent(found, context))
@@ -90,7 +93,8 @@ def read_results(workdir: Path) -> Found:
     measured: list[Any] = list(policies.values()) if isinstance(policies, dict) else []
     if not measured or not all(isinstance(s, dict) and all(isinstance(m, dict) for m in s.values()) for s in measured):
         raise UserError(f"{path}: no policies in it; `jaxrlhf evaluate` writes it anew")
-    empty = {"config": {}, "sampling": {}, "generalisation_gap": {}, "comparisons": [], "task": "", "judge": ""}
+    empty: dict[str, Any] = {key: {} for key in ("config", "sampling", "generalisation_gap")}
+    empty |= {"differences": [], "comparisons": [], "task": "", "judge": ""}
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
     known = {"sft": "SFT", "bon": f"best-of-{n}", "ppo": "PPO"}
@@ -203,12 +207,19 @@ def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
             yield fact, re.sub(r"\{(.*?)\}", lambda match: flat[match[1]], text)
     bon = results["sampling"].get("bon", {})
     if {"best_of", "pool"} <= bon.keys():
-        text = f"the highest-scored of {bon['best_of']} SFT samples, drawn again and again from a pool of {bon['pool']}"
-        yield "best-of-N", f"{text} samples a prompt"
+        how = "drawn again and again from a pool of" if shares(results) else "each time others, out of"
+        yield "best-of-N", f"the highest-scored of {bon['best_of']} SFT samples, {how} {bon['pool']} samples a prompt"
     if results["judge"]:
         yield "judge of win rates", JUDGES.get(results["judge"], str(results["judge"]))
     if flat.get("paper_compat", flat.get("evaluation.paper_compat")) == "True":
         yield "metrics", "as the paper's released code computes them (paper_compat)"
+
+
+def shares(results: Mapping[str, Any]) -> bool:
+    """Whether best-of-N responses to one prompt were picked from the same samples, and so repeat each other."""
+    bon = results["sampling"].get("bon", {})
+    drawn = max((m.get("samples_per_prompt", 1) for m in results["policies"].get("bon", {}).values()), default=1)
+    return "pool" in bon and bon["pool"] < bon["best_of"] * drawn
 
 
 def _samples(workdir: Path, found: Found) -> Iterator[dict[str, Any]]:
@@ -236,11 +247,8 @@ def _answers(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _decided(found: Found) -> Iterator[tuple[str, list[findings.Verdict]]]:
     """Of each measure, its verdict on each pair of policies."""
     for place in found.places:
-        held = findings.series(found, place)
-        yield (
-            figures.label(place),
-            [findings.compare(held.get(a, {}), held.get(b, {})) for a, b in findings.pairs(found)],
-        )
+        held = [findings.differences(found, a, b, place) for a, b in findings.pairs(found)]
+        yield figures.label(place), [findings.decide(d) for d in held]
 
 
 def _counts(found: Found) -> Iterator[tuple[str, str, int, int]]:
@@ -252,7 +260,8 @@ def _counts(found: Found) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _rows(found: Found) -> Iterator[tuple[str, str, str, Estimate]]:
-    """Every estimate of results.json: (policy, split, what, estimate)."""
+    """Every estimate of results.json: (policy or pair, split, what, estimate)."""
+    names = {p: look.label for p, look in found.looks.items()}
     for policy, splits in found.results["policies"].items():
         for split, measured in splits.items():
             for place, e in findings.walk(measured):
@@ -261,9 +270,13 @@ def _rows(found: Found) -> Iterator[tuple[str, str, str, Estimate]]:
         for split, measured in splits.items():
             for place, e in findings.walk(measured):
                 yield policy, split, f"gap in {figures.label(place)}", e
+    for d in found.results["differences"]:
+        pair = f"{names.get(d['a'], d['a'])} minus {names.get(d['b'], d['b'])}"
+        for place, e in findings.walk(d):
+            measure = figures.label(place[1:]) if place[0] == "gap" else figures.label(place)
+            yield pair, d["split"], f"difference in the gap in {measure}" if place[0] == "gap" else measure, e
     for c in found.results["comparisons"]:
-        other = found.looks[c["b"]].label if c["b"] in found.looks else c["b"]
-        yield c["a"], c["split"], f"wins against {other}", c["win_rate"]
+        yield c["a"], c["split"], f"wins against {names.get(c['b'], c['b'])}", c["win_rate"]
 
 
 def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxrlhf.evaluation import diversity, generalisation, outputs
-from jaxrlhf.evaluation.statistics import Estimate, jackknife, mean_estimate, win_rate
+from jaxrlhf.evaluation import generalisation, measures, outputs
+from jaxrlhf.evaluation.measures import WIN_RATE, Measured, against_each_other
+from jaxrlhf.evaluation.statistics import Estimate
 from jaxrlhf.files import UserError, read_json, read_records, write_json
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 POLICIES = ("sft", "bon", "ppo")
-LIMITS = {"ead": (0.0, math.inf), "distinct": (0.0, 1.0), "cosine": (0.0, 1.0)}
+Policies = dict[str, dict[str, Measured]]  # policy -> split
 
 
 def evaluate_outputs(
@@ -33,17 +33,16 @@ def evaluate_outputs(
 ) -> dict[str, Any]:
     """Measures outputs from files, `name=path` each, and writes `results.json`; see `outputs.py` for the formats."""
     answers, verdicts = _read(outputs, reference, annotations, log)
-    policies: dict[str, dict[str, Any]] = {name: {} for name in answers}
+    measured: Policies = {name: {} for name in answers}
+    samples = {name: len(next(iter(found.responses.values()))) for name, found in answers.items()}
     for name, split in _bar([(n, s) for n, found in answers.items() for s in _splits(found.dataset.values())]):
         found = answers[name]
-        texts = [found.responses[k] for k, d in found.dataset.items() if split in ("all", d)]
-        measured: dict[str, Any] = {"n_prompts": len(texts), "samples_per_prompt": len(texts[0])}
-        judged = [o for d, o in verdicts.get(name, ()) if split in ("all", d)]
+        keys = [k for k, d in found.dataset.items() if split in ("all", d)]
+        m = measured[name][split] = Measured(keys)
+        judged = {k: o for k, (d, o) in verdicts.get(name, {}).items() if split in ("all", d)}
         if judged:
-            measured["win_rate"] = win_rate(np.array(judged), resamples)
-        measured["length"] = mean_estimate(_lengths(texts), resamples)
-        measured["diversity"] = measure_diversity(texts, paper_compat, resamples)
-        policies[name][split] = measured
+            m.add_mean(WIN_RATE, list(judged), list(judged.values()))
+        m.add_texts([found.responses[k] for k in keys], paper_compat)
     found = {
         "schema": 1,
         "task": "outputs",
@@ -54,8 +53,7 @@ def evaluate_outputs(
             "annotations": list(annotations),
             "paper_compat": paper_compat,
         },
-        "policies": policies,
-        "generalisation_gap": {},
+        **_estimates(measured, samples, resamples),
         "comparisons": [],
     }
     if not annotations:
@@ -64,63 +62,72 @@ def evaluate_outputs(
     return found
 
 
-def evaluate_samples(workdir: Path, config: Experiment, log: Log) -> dict[str, Any]:
+def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     """Measures `samples/<policy>/<split>.jsonl` of a recipe's workdir and writes `results.json`."""
     judge = config.evaluation.judge
     resamples = config.evaluation.bootstrap
-    numbers: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    judged: dict[str, dict[str, np.ndarray]] = {}
-    policies: dict[str, dict[str, Any]] = {}
     samples = _read_samples(workdir)
+    measured: Policies = {policy: {} for policy in samples}
+    judged: dict[str, dict[str, np.ndarray]] = {policy: {} for policy in samples}
     for policy, split in _bar([(p, s) for p, splits in samples.items() for s in splits]):
         records = samples[policy][split]
-        values, values_BN = _numbers(records, judge)
-        numbers.setdefault(policy, {})[split] = values
-        judged.setdefault(policy, {})[split] = values_BN
-        texts = [r["responses"] for r in records]
-        measured: dict[str, Any] = {"n_prompts": len(texts), "samples_per_prompt": len(texts[0])}
-        measured |= generalisation.estimates(values, resamples)
-        measured["diversity"] = measure_diversity(texts, config.evaluation.paper_compat, resamples)
-        policies.setdefault(policy, {})[split] = measured
+        m, judged[policy][split] = _numbers(records, judge)
+        m.add_texts([r["responses"] for r in records], config.evaluation.paper_compat)
+        measured[policy][split] = m
+    drawn = {policy: len(next(iter(splits.values()))[0]["responses"]) for policy, splits in samples.items()}
     found = {
         "schema": 1,
         "task": config.task,
         "judge": judge,
         "config": read_json(workdir / "config.json"),
-        "sampling": {p: read_json(i) for p in policies if (i := workdir / "samples" / p / "info.json").exists()},
-        "policies": policies,
-        "generalisation_gap": generalisation.gaps(numbers, resamples),
+        "sampling": {p: read_json(i) for p in samples if (i := workdir / "samples" / p / "info.json").exists()},
+        **_estimates(measured, drawn, resamples),
         "comparisons": generalisation.comparisons(judged, resamples),
     }
     write_json(workdir / "results.json", found)
     return found
 
 
-def measure_diversity(
-    texts: Sequence[Sequence[str]], paper_compat: bool, resamples: int
-) -> dict[str, dict[str, Estimate]]:
-    """Per-input (where prompts have several responses) and across-input diversity by every metric."""
-    prompts, samples = len(texts), len(texts[0])
-    grams = diversity.count([t for responses in texts for t in responses], paper_compat)
-    found: dict[str, dict[str, Estimate]] = {}
-    if samples > 1:
-        of_prompts = diversity.per_input(grams, prompts, samples)
-        found["per_input"] = {k: mean_estimate(v, resamples) for k, v in of_prompts.items()}
-    of_sets = diversity.across_input(grams, prompts, samples)
-    found["across_input"] = {k: jackknife(*v, LIMITS[k]) for k, v in of_sets.items()}
-    return found
+def _estimates(measured: Policies, samples: Mapping[str, int], resamples: int) -> dict[str, Any]:
+    """The parts of results.json that follow from what was measured."""
+    pairs = [(a, b, s) for a, b in against_each_other(list(measured)) for s in measured[a] if s in measured[b]]
+    differences = []
+    for a, b, split in pairs:
+        told: dict[str, Any] = {"split": split, "a": a, "b": b}
+        told |= measures.differences(measured[a][split], measured[b][split], resamples)
+        if split != "id" and "id" in measured[a] and "id" in measured[b]:
+            told["gap"] = measures.gap_differences(measured[a], measured[b], split, resamples)
+        differences.append(told)
+    return {
+        "policies": {
+            policy: {
+                split: {"n_prompts": len(m.prompts), "samples_per_prompt": samples[policy]}
+                | measures.estimates(m, resamples)
+                for split, m in splits.items()
+            }
+            for policy, splits in measured.items()
+        },
+        "generalisation_gap": {
+            policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if split != "id"}
+            for policy, splits in measured.items()
+            if "id" in splits
+        },
+        "differences": differences,
+    }
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The main numbers as aligned text, a row for each policy and split."""
-    head = ["policy", "split", "n", "win rate", "gold", "score", "words", "per-input EAD", "across-input EAD"]
+    head = ["policy", "split", "n", "win rate", "se", "gold", "score", "words", "per-input EAD", "across-input EAD"]
     rows = [head]
     for policy, splits in results["policies"].items():
         for split, m in splits.items():
             scopes = m["diversity"]
-            cells = [m.get(k) for k in ("win_rate", "gold", "score", "length")]
+            won = m.get("win_rate")
+            cells = [m.get(k) for k in ("gold", "score", "length")]
             cells += [scopes.get(s, {}).get("ead") for s in ("per_input", "across_input")]
-            rows.append([policy, split, str(m["n_prompts"]), *map(_cell, cells)])
+            rows.append([policy, split, str(m["n_prompts"]), _cell(won), f"{won['se']:.4f}" if won else ""])
+            rows[-1] += map(_cell, cells)
     kept = [c for c in range(len(head)) if any(row[c] for row in rows[1:])]
     widths = [max(len(row[c]) for row in rows) for c in kept]
     return "\n".join("  ".join(row[c].ljust(w) for c, w in zip(kept, widths, strict=True)).rstrip() for row in rows)
@@ -132,7 +139,7 @@ def _cell(e: Estimate | None) -> str:
 
 def _read(
     entries: Sequence[str], reference: str, annotations: Sequence[str], log: Log
-) -> tuple[dict[str, outputs.Answers], dict[str, list[tuple[str, float]]]]:
+) -> tuple[dict[str, outputs.Answers], dict[str, dict[outputs.Key, tuple[str, float]]]]:
     answers = {n: outputs.read_answers(p, n, log) for n, p in outputs.read_named(entries, "outputs").items()}
     verdicts = {n: outputs.read_verdicts(p) for n, p in outputs.read_named(annotations, "annotations").items()}
     for name in verdicts:
@@ -155,10 +162,6 @@ def _bar(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 def _splits(datasets: Iterable[str]) -> list[str]:
     return ["all", *sorted({d for d in datasets if d and d != "all"})]
-
-
-def _lengths(texts: Sequence[Sequence[str]]) -> np.ndarray:
-    return np.array([np.mean([len(t.split()) for t in responses]) for responses in texts])
 
 
 def _read_samples(workdir: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -197,20 +200,20 @@ def _read_split(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _numbers(records: Sequence[Mapping[str, Any]], judge: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _numbers(records: Sequence[Mapping[str, Any]], judge: str) -> tuple[Measured, np.ndarray]:
     """Each prompt's numbers, and the judge's value of each of its responses [B, N]."""
     columns, key = {"score": "scores", "gold": "gold"}, {"reward": "score", "gold": "gold"}[judge]
     if any(columns[key] not in r for r in records):
         raise UserError(f"config.evaluation.judge={judge!r}: samples have no field {columns[key]!r} to judge by")
     judged_BN = np.array([r[columns[key]] for r in records], np.float64)
-    values = {}
+    m = Measured([r["id"] for r in records])
     # A prompt without a reference response has none to win against.
     against = [b for b, r in enumerate(records) if f"reference_{key}" in r]
     if against:
         reference_B1 = np.array([[records[b][f"reference_{key}"]] for b in against], np.float64)
-        values["win_rate"] = generalisation.outcomes(judged_BN[against], reference_B1)
+        won_B = generalisation.outcomes(judged_BN[against], reference_B1)
+        m.add_mean(WIN_RATE, [m.prompts[b] for b in against], won_B)
     for name, column in columns.items():
         if all(column in r for r in records):
-            values[name] = np.array([np.mean(r[column]) for r in records])
-    values["length"] = _lengths([r["responses"] for r in records])
-    return values, judged_BN
+            m.add_mean((name,), m.prompts, [float(np.mean(r[column])) for r in records])
+    return m, judged_BN

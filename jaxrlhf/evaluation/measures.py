@@ -1,0 +1,116 @@
+"""What was measured of a policy on a split, prompt by prompt, and the estimates that follow: alone and paired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.evaluation import diversity
+from jaxrlhf.evaluation.statistics import Estimate, difference_estimate, jackknife, mean_estimate, win_rate
+
+Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",), ("diversity", "per_input", "ead")
+Tree = dict[str, Any]
+WIN_RATE: Place = ("win_rate",)
+GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",))
+LIMITS = {"ead": (0.0, math.inf), "distinct": (0.0, 1.0), "cosine": (0.0, 1.0)}
+
+
+@dataclass
+class Measured:
+    """`means` hold a number of each prompt that has it; `sets` a number of all prompts, and of all without each."""
+
+    prompts: Sequence[Hashable]
+    means: dict[Place, dict[Hashable, float]] = field(default_factory=dict)
+    sets: dict[Place, tuple[float, np.ndarray]] = field(default_factory=dict)
+
+    def add_mean(self, place: Place, prompts: Sequence[Hashable], value_B: Sequence[float] | np.ndarray) -> None:
+        """One number of each of `prompts`."""
+        self.means[place] = dict(zip(prompts, np.asarray(value_B, np.float64).tolist(), strict=True))
+
+    def add_texts(self, texts_BN: Sequence[Sequence[str]], paper_compat: bool) -> None:
+        """Length in words, and diversity per input (where prompts have several responses) and across inputs."""
+        samples = len(texts_BN[0])
+        length_B = [float(np.mean([len(t.split()) for t in responses])) for responses in texts_BN]
+        self.add_mean(("length",), self.prompts, length_B)
+        grams = diversity.count([t for responses in texts_BN for t in responses], paper_compat)
+        if samples > 1:
+            for name, value_B in diversity.per_input(grams, len(texts_BN), samples).items():
+                self.add_mean(("diversity", "per_input", name), self.prompts, value_B)
+        for name, found in diversity.across_input(grams, len(texts_BN), samples).items():
+            self.sets["diversity", "across_input", name] = found
+
+
+def estimates(m: Measured, resamples: int) -> Tree:
+    """Everything that was measured, as estimates over prompts."""
+    found: Tree = {}
+    for place, values in m.means.items():
+        estimate = win_rate if place == WIN_RATE else mean_estimate
+        _put(found, place, estimate(_array(values.values()), resamples))
+    for place, (whole, without_B) in m.sets.items():
+        _put(found, place, jackknife(whole, without_B, LIMITS[place[-1]]))
+    return found
+
+
+def differences(a: Measured, b: Measured, resamples: int) -> Tree:
+    """The first minus the second over the prompts that both answered, paired: what the prompts have in common cancels.
+
+    Means are bootstrapped over the prompts' own differences. Numbers of whole sets are jackknifed, and only where both
+    answered the same prompts.
+    """
+    found: Tree = {}
+    for place in a.means:
+        if shared := _paired(a, b, place):
+            _put(found, place, mean_estimate(_array(shared.values()), resamples))
+    if set(a.prompts) == set(b.prompts):
+        at = {prompt: i for i, prompt in enumerate(b.prompts)}
+        order_B = [at[prompt] for prompt in a.prompts]
+        for place in (p for p in a.sets if p in b.sets):
+            (whole_a, without_a_B), (whole_b, without_b_B) = a.sets[place], b.sets[place]
+            _put(found, place, jackknife(whole_a - whole_b, without_a_B - without_b_B[order_B]))
+    return found
+
+
+def gap(near: Measured, far: Measured, resamples: int) -> Tree:
+    """In-distribution minus out-of-distribution: two independent sets of prompts."""
+    found: Tree = {}
+    for place in (p for p in GAPS if p in near.means and p in far.means):
+        near_B, far_B = _array(near.means[place].values()), _array(far.means[place].values())
+        _put(found, place, difference_estimate(near_B, far_B, resamples))
+    return found
+
+
+def gap_differences(a: Mapping[str, Measured], b: Mapping[str, Measured], split: str, resamples: int) -> Tree:
+    """How much more a loses than b from "id" to `split`, paired within each of the two sets of prompts."""
+    found: Tree = {}
+    for place in GAPS:
+        near, far = _paired(a["id"], b["id"], place), _paired(a[split], b[split], place)
+        if near and far:
+            _put(found, place, difference_estimate(_array(near.values()), _array(far.values()), resamples))
+    return found
+
+
+def against_each_other(policies: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs worth a difference: each policy beside SFT, or beside the first one; and PPO beside best-of-N."""
+    base = "sft" if "sft" in policies else policies[0]
+    yield from ((p, base) for p in policies if p != base)
+    if {"ppo", "bon"} <= set(policies):
+        yield "ppo", "bon"
+
+
+def _paired(a: Measured, b: Measured, place: Place) -> dict[Hashable, float]:
+    mine, other = a.means.get(place, {}), b.means.get(place, {})
+    return {prompt: value - other[prompt] for prompt, value in mine.items() if prompt in other}
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.array(list(values), np.float64)
+
+
+def _put(tree: Tree, place: Place, estimate: Estimate) -> None:
+    for key in place[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[place[-1]] = estimate
