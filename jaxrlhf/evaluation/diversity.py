@@ -81,10 +81,12 @@ def of_texts(texts_BN: Sequence[Sequence[str]], block_B: np.ndarray, paper_compa
     if cut_words:
         texts_BN = [[cut(t, cut_words) for t in texts] for texts in texts_BN]
     orders = count([t for texts in texts_BN for t in texts], paper_compat)
-    across = across_input(orders, prompts, samples)
-    across["compression"] = by_blocks(
-        block_B, lambda b: [overlap.compression([texts_BN[i][j] for i in b.tolist()]) for j in range(samples)]
-    )
+
+    def compression(prompt: np.ndarray) -> list[float]:
+        kept = [texts_BN[int(b)] for b in prompt]
+        return [overlap.compression(column) for column in zip(*kept, strict=True)]
+
+    across = across_input(orders, prompts, samples) | {"compression": by_blocks(block_B, compression)}
     if samples == 1:
         return Varied({}, across)
     own = per_input(orders, prompts, samples)

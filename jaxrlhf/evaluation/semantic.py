@@ -229,11 +229,13 @@ def _worth(likeness: Sequence[float], paper_compat: bool) -> tuple[float, int]:
 
 
 def _own_pairs(texts_BN: Sequence[Sequence[str]], own_P2: np.ndarray) -> Iterator[Pair]:
-    return ((row[i], row[j]) for row in texts_BN for i, j in own_P2.tolist())
+    pairs: list[tuple[int, int]] = own_P2.tolist()
+    return ((row[i], row[j]) for row in texts_BN for i, j in pairs)
 
 
 def _across_pairs(texts_BN: Sequence[Sequence[str]], across_P2: np.ndarray) -> Iterator[Pair]:
-    return (pair for i, j in across_P2.tolist() for pair in zip(texts_BN[i], texts_BN[j], strict=True))
+    pairs: list[tuple[int, int]] = across_P2.tolist()
+    return (pair for i, j in pairs for pair in zip(texts_BN[i], texts_BN[j], strict=True))
 
 
 def _neighbours(rank_B: np.ndarray, reach: int) -> np.ndarray:
