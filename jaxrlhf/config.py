@@ -188,6 +188,9 @@ class Evaluation:
     judge: str = "gold"  # gold | reward: whose score decides win rates against the reference and head to head
     paper_compat: bool = False  # every metric as the paper's released code computes it
     bootstrap: int = 2_000  # resamples of an interval
+    cut_words: int = 0  # words that texts are cut to for metrics ending in _cut; 0 = the shortest policy's quartile
+    sentence_encoder: str = ""  # a sentence-transformers directory, for sbert and vendi; "" = not measured
+    nli_model: str = ""  # a directory of an NLI classifier, for nli and clusters; "" = not measured
 
 
 @dataclass(frozen=True)
@@ -329,6 +332,8 @@ def _check(e: Experiment) -> None:
             raise UserError(f"config.{key}={value}: must be at least 1")
     if e.reward.samples_per_prompt < 2:
         raise UserError(f"config.reward.samples_per_prompt={e.reward.samples_per_prompt}: a pair takes 2 or more")
+    if e.evaluation.cut_words < 0:
+        raise UserError(f"config.evaluation.cut_words={e.evaluation.cut_words}: must be 0 (automatic) or more")
     if not 0 <= e.model.freeze_layers <= 1:
         raise UserError(f"config.model.freeze_layers={e.model.freeze_layers}: a share from 0 to 1")
     if e.task not in ("world", "files"):

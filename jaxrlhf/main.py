@@ -19,7 +19,8 @@ USAGE = """jaxrlhf COMMAND [flags]
              one stage:  jaxrlhf ppo --config=configs/quickstart.py --workdir=runs/quickstart
   evaluate   anybody's outputs, no config and no training:
              jaxrlhf evaluate --outputs sft=a.json --outputs rlhf=b.json [--reference=r.json]
-                              [--annotations rlhf=ann.json] [--paper_compat] --workdir=runs/mine
+                              [--annotations rlhf=ann.json] [--paper_compat] [--cut_words=K]
+                              [--sentence_encoder=DIR] [--nli_model=DIR] --workdir=runs/mine
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
   import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
@@ -107,6 +108,11 @@ def _evaluate_outputs(argv: list[str]) -> None:
     flags.DEFINE_multi_string("annotations", [], "name=path", flag_values=values)
     flags.DEFINE_string("reference", "", "file of reference answers", flag_values=values)
     flags.DEFINE_bool("paper_compat", False, "metrics as the released code has them", flag_values=values)
+    flags.DEFINE_integer(
+        "cut_words", 0, "words that texts are cut to beside whole ones; 0 = automatic", 0, flag_values=values
+    )
+    flags.DEFINE_string("sentence_encoder", "", "sentence-transformers directory: sbert, vendi", flag_values=values)
+    flags.DEFINE_string("nli_model", "", "directory of an NLI classifier: nli, clusters", flag_values=values)
     parsed = _parse(argv, values)
     if not parsed.outputs:
         raise UserError("evaluate takes --config=RECIPE, or --outputs NAME=FILE (once or more)")
@@ -117,6 +123,9 @@ def _evaluate_outputs(argv: list[str]) -> None:
         paper_compat=parsed.paper_compat,
         workdir=Path(parsed.workdir),
         log=say,
+        cut_words=parsed.cut_words,
+        sentence_encoder=parsed.sentence_encoder,
+        nli_model=parsed.nli_model,
     )
     print(results.table(found))
     say(f"{parsed.workdir}/results.json written; `jaxrlhf report --workdir={parsed.workdir}` draws it")

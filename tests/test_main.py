@@ -1,6 +1,9 @@
 """The command line as a user meets it: exit status, one line, nothing half-written."""
 
+import json
+
 import pytest
+from encoder_directories import TINY
 
 from jaxrlhf.main import main
 
@@ -44,6 +47,8 @@ def test_help(capsys):
         (["run", RECIPE, "--workdir=setup.py"], "a file stands there"),
         (["evaluate", "--workdir=x"], "--outputs NAME=FILE"),
         (["evaluate", "--outputs", "a=nosuch.json", "--workdir=x"], "nosuch.json: no such file"),
+        (["evaluate", "--outputs", "a=b.json", "--cut_words=-1", "--workdir=x"], "cut_words"),
+        (["run", RECIPE, "--config.evaluation.cut_words=-1", "--workdir=x"], "config.evaluation.cut_words=-1"),
         (["report", "--workdir=nosuch"], "results.json"),
         (["export", "--workdir=x"], "--policy is missing"),
         (["export", "--workdir=x", "--policy=sft"], "--to is missing"),
@@ -60,6 +65,18 @@ def test_mistakes_get_one_line(capsys, tmp_path, argv, says):
     argv = [a.replace("--workdir=x", f"--workdir={tmp_path / 'x'}") for a in argv]
     assert says in refused(capsys, *argv)
     assert not (tmp_path / "x").exists()
+
+
+def test_evaluate_takes_models_and_a_cut(capsys, tmp_path):
+    rows = [{"instruction": f"q{i}", "output": [f"a cat {i} sat here", "a dog"]} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    argv = ["evaluate", f"--outputs=m={tmp_path}/a.json", f"--workdir={tmp_path}/out", "--cut_words=3"]
+    argv += [f"--sentence_encoder={TINY / 'bert_sentence'}", f"--nli_model={TINY / 'bert_classifier'}"]
+    assert main(["jaxrlhf", *argv]) == 0
+    assert "per-input EAD" in capsys.readouterr().out
+    m = json.loads((tmp_path / "out" / "results.json").read_text())["policies"]["m"]["all"]
+    assert m["cut"] == {"words": 3, "reached": 0.5}
+    assert {"sbert", "vendi", "nli", "clusters"} <= m["diversity"]["per_input"].keys()
 
 
 def test_a_workdir_of_another_config_is_refused_and_untouched(capsys, tmp_path):

@@ -17,7 +17,7 @@ from report_workdirs import (
     recipe_workdir,
 )
 
-from jaxrlhf.evaluation import findings, report
+from jaxrlhf.evaluation import findings, report, results
 from jaxrlhf.files import UserError, write_json
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"&amp;{{7*7}}$x_"
@@ -331,3 +331,31 @@ def test_a_broken_sample_file_is_named_with_its_line(tmp_path, undrawn):
     path.write_text(path.read_text() + "{oops\n")
     with pytest.raises(UserError, match=r"ood_news\.jsonl:6"):
         report.write_report(tmp_path)
+
+
+def test_diversity_at_equal_length_and_by_length(tmp_path):
+    def file(name, lengths):
+        texts = [[" ".join(f"{name}{i}{s}{w % 7}" for w in range(n)) for s in range(2)] for i, n in enumerate(lengths)]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps([{"instruction": f"q{i}", "output": t} for i, t in enumerate(texts)]))
+        return f"{name}={path}"
+
+    outputs = [file("short", range(4, 16)), file("long", range(10, 34, 2))]
+    results.evaluate_outputs(outputs, "", [], False, tmp_path / "out", print, 50)
+    page = Page(written(tmp_path / "out")).text
+    said = " ".join(page.split())
+    assert "as many for every policy of a split: 6 on all." in said
+    assert "at least 83 % of each policy's texts have so many words" in said
+    assert "all: per-input EAD" in said
+    assert "4 to 10" in said
+    assert "per-input 1 − Self-BLEU at equal length" in said
+    assert "Sentence-BERT and Vendi score: no sentence encoder was given." in said
+    pictures = {p.stem for p in (tmp_path / "out" / "report" / "figures").glob("*.png")}
+    assert {"cut_per_input_ead_cut", "cut_across_input_compression_cut", "per_input_self_bleu"} <= pictures
+    assert not any(p.startswith("other_") for p in pictures)
+
+
+def test_results_without_cuts_or_lengths_have_no_such_section(tmp_path, undrawn):
+    said = written(outputs_workdir(tmp_path))
+    assert "<h3>At equal length" not in said
+    assert "<h3>By length" not in said

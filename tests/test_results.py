@@ -56,7 +56,7 @@ def test_several_files_under_one_name_are_samples_of_the_prompts_they_share(tmp_
 
 def test_one_sample_has_no_per_input_diversity(tmp_path):
     found, _ = measure(tmp_path, [f"m={answers(tmp_path, 'a', ['x', 'y'])}"])
-    assert set(found["policies"]["m"]["all"]) == {"n_prompts", "samples_per_prompt", "length", "diversity"}
+    assert set(found["policies"]["m"]["all"]) == {"n_prompts", "samples_per_prompt", "cut", "length", "diversity"}
     assert "per_input" not in found["policies"]["m"]["all"]["diversity"]
     assert found["comparisons"] == []
 

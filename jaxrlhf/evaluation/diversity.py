@@ -1,53 +1,33 @@
-"""How varied a set of texts is: EAD, distinct-n and n-gram cosine.
+"""How varied a set of texts is: EAD, distinct-n and n-gram cosine; and all text metrics of a policy's responses.
 
-Per input, the set is the N responses to one prompt; across inputs, one response to each (Kirk et al. 2024, s. 5).
+Per input, the set is the N responses to one prompt; across inputs, one response to each (Kirk et al. 2024, s. 5). Of
+every metric, more is more varied. All of them move with length: `of_texts` measures texts cut to a common length too.
 
-Axis letters: T texts, S sets, B prompts, W words of all texts in a row, M n-grams that a text has (each text's own,
-without repeats), K n-grams that a set has.
+Axis letters: T texts, S sets, B prompts, N responses to a prompt, G blocks of prompts, M n-grams that a text has (each
+text's own, without repeats), K n-grams that a set has.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
-ORDERS = (1, 2, 3, 4, 5)
+from jaxrlhf.evaluation import overlap
+from jaxrlhf.evaluation.ngrams import ORDERS, Grams, OfSets, count, cut, sizes, slots
+from jaxrlhf.evaluation.statistics import over_items
+
 COSINE_ORDER = 3
 EAD_VOCABULARY = 50_257  # GPT-2's, as in the released code; see `ead`
 
-_WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-
 
 @dataclass(frozen=True)
-class Grams:
-    """The n-grams of T texts, for one n."""
+class Varied:
+    """Metrics of a policy's responses: [B] of each prompt's; and over one to each, with [B] values without a prompt."""
 
-    text_M: np.ndarray  # whose
-    gram_M: np.ndarray  # which, numbered over all texts
-    count_M: np.ndarray  # how often
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A metric of every set, and of each text's set without that text."""
-
-    of_set_S: np.ndarray
-    without_T: np.ndarray
-
-
-def words(text: str, paper_compat: bool = False) -> list[str]:
-    """Words and punctuation marks of a text, as they are written: capitals tell words apart.
-
-    With `paper_compat`, as the released code splits: full stops and newlines vanish without leaving a space, and what
-    single spaces part is a word.
-    """
-    if paper_compat:
-        return [w for w in text.replace(".", "").replace("\n", "").split(" ") if w]
-    return _WORDS.findall(text)
+    per_input: dict[str, np.ndarray]
+    across_input: dict[str, tuple[float, np.ndarray]]
 
 
 def distinct(texts: Sequence[str], paper_compat: bool = False) -> float:
@@ -92,28 +72,46 @@ def across_input(orders: Sequence[Grams], prompts: int, samples: int) -> dict[st
     }
 
 
-def count(texts: Sequence[str], paper_compat: bool = False) -> list[Grams]:
-    """The n-grams of each order, as numbers: Python's own tuples and counters would take ten times the memory."""
-    index: dict[str, int] = {}
-    split = [[index.setdefault(w, len(index)) for w in words(t, paper_compat)] for t in texts]
-    word_W = np.fromiter(chain.from_iterable(split), np.int64)
-    text_W = np.repeat(np.arange(len(texts)), [len(ws) for ws in split])
-    bound = max(len(word_W), 1)  # above every number given to an n-gram
-    gram_W, orders = word_W, []
-    for n in ORDERS:
-        if n > 1:  # the n-gram from a word on is the (n-1)-gram from there and one word more
-            _, gram_W = np.unique(gram_W[:-1] * bound + word_W[n - 1 :], return_inverse=True)
-        within_W = text_W[: len(gram_W)] == text_W[n - 1 :]
-        pairs, count_M = np.unique((text_W[: len(gram_W)] * bound + gram_W)[within_W], return_counts=True)
-        orders.append(Grams(pairs // bound, pairs % bound, count_M))
-    return orders
+def of_texts(texts_BN: Sequence[Sequence[str]], block_B: np.ndarray, paper_compat: bool, cut_words: int = 0) -> Varied:
+    """Every metric of texts, in both scopes; of their first `cut_words` words unless that is 0.
+
+    `block_B` names each prompt's block for the intervals of metrics that are too dear to compute without each prompt.
+    """
+    prompts, samples = len(texts_BN), len(texts_BN[0])
+    if cut_words:
+        texts_BN = [[cut(t, cut_words) for t in texts] for texts in texts_BN]
+    orders = count([t for texts in texts_BN for t in texts], paper_compat)
+
+    def compression(prompt: np.ndarray) -> list[float]:
+        kept = [texts_BN[int(b)] for b in prompt]
+        return [overlap.compression(column) for column in zip(*kept, strict=True)]
+
+    across = across_input(orders, prompts, samples) | {"compression": by_blocks(block_B, compression)}
+    if samples == 1:
+        return Varied({}, across)
+    own = per_input(orders, prompts, samples)
+    return Varied(own | {"compression": np.array([overlap.compression(texts) for texts in texts_BN])}, across)
+
+
+def by_blocks(block_B: np.ndarray, measure: Callable[[np.ndarray], Sequence[float]]) -> tuple[float, np.ndarray]:
+    """A metric across inputs, averaged over responses, and [B] values for `jackknife`, from leaving out whole blocks.
+
+    `measure` takes which prompts, and returns the metric over each one's j-th response, for every j.
+    """
+    everything = np.arange(len(block_B))
+    whole = float(np.mean(measure(everything)))
+    blocks = block_B.max() + 1
+    if blocks < 2:
+        return whole, np.full(len(block_B), whole)
+    without_G = np.array([np.mean(measure(everything[block_B != g])) for g in range(blocks)])
+    return whole, over_items(without_G, block_B)
 
 
 def _of_one_set(name: str, texts: Sequence[str], paper_compat: bool) -> float:
     return float(_measure(count(texts, paper_compat), np.zeros(len(texts), np.int64))[name].of_set_S[0])
 
 
-def _measure(orders: Sequence[Grams], set_T: np.ndarray) -> dict[str, Measured]:
+def _measure(orders: Sequence[Grams], set_T: np.ndarray) -> dict[str, OfSets]:
     """Every metric of the sets that `set_T` names: text t is in set `set_T[t]`."""
     totals = [_totals(grams, set_T) for grams in orders]
     found = {}
@@ -121,32 +119,21 @@ def _measure(orders: Sequence[Grams], set_T: np.ndarray) -> dict[str, Measured]:
         whole = np.mean([f(count_S, kinds_S) for count_S, kinds_S, _, _ in totals], axis=0)
         # Only n-grams that a text alone has go with it.
         without = [f(count_S[set_T] - own_T, kinds_S[set_T] - alone_T) for count_S, kinds_S, own_T, alone_T in totals]
-        found[name] = Measured(whole, np.mean(without, axis=0))
-    return found | {"cosine": _cosine(orders[ORDERS.index(COSINE_ORDER)], set_T)}
+        found[name] = OfSets(whole, np.mean(without, axis=0))
+    return found | {
+        "cosine": _cosine(orders[ORDERS.index(COSINE_ORDER)], set_T),
+        "self_bleu": overlap.self_bleu_of_sets(orders, set_T),
+    }
 
 
 def _totals(grams: Grams, set_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """N-grams and distinct n-grams of each set, n-grams of each text, and those that no other text of its set has."""
-    set_K, slot_M, holders_K = _slots(grams, set_T)
-    sets, texts = len(_sizes(set_T)), len(set_T)
+    set_K, slot_M, holders_K = slots(grams, set_T)
+    sets, texts = len(sizes(set_T)), len(set_T)
     count_S = np.bincount(set_T[grams.text_M], grams.count_M, sets)
     own_T = np.bincount(grams.text_M, grams.count_M, texts)
     alone_T = np.bincount(grams.text_M, holders_K[slot_M] == 1, texts)
     return count_S, np.bincount(set_K, minlength=sets), own_T, alone_T
-
-
-def _slots(grams: Grams, set_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The set of each of the K n-grams of sets, which of them an entry is [M], and how many texts have it [K]."""
-    bound = int(grams.gram_M.max(initial=0)) + 1
-    key_K, slot_M, holders_K = np.unique(
-        set_T[grams.text_M] * bound + grams.gram_M, return_inverse=True, return_counts=True
-    )
-    return key_K // bound, slot_M, holders_K
-
-
-def _sizes(set_T: np.ndarray) -> np.ndarray:
-    """How many texts each set has; one empty set where there is no text."""
-    return np.bincount(set_T, minlength=1)
 
 
 def _distinct(count: np.ndarray, kinds: np.ndarray) -> np.ndarray:
@@ -159,17 +146,17 @@ def _ead(count: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     return np.where(count > 0, kinds / expected, 0.0)
 
 
-def _cosine(grams: Grams, set_T: np.ndarray) -> Measured:
+def _cosine(grams: Grams, set_T: np.ndarray) -> OfSets:
     """With u_t a text's counts at length 1, all pairs' cosines in a set sum to (|sum u_t|^2 - sum |u_t|^2) / 2."""
-    set_K, slot_M, _ = _slots(grams, set_T)
-    size_S, texts = _sizes(set_T), len(set_T)
+    set_K, slot_M, _ = slots(grams, set_T)
+    size_S, texts = sizes(set_T), len(set_T)
     norm_T = np.sqrt(np.bincount(grams.text_M, grams.count_M**2, texts))
     unit_M = grams.count_M / norm_T[grams.text_M]
     sum_K = np.bincount(slot_M, unit_M)
     with_others_T = np.bincount(grams.text_M, unit_M * (sum_K[slot_M] - unit_M), texts)
     total_S = np.bincount(set_T, with_others_T, len(size_S)) / 2
     whole_S = _one_minus_mean(total_S, size_S, 0.0)
-    return Measured(whole_S, _one_minus_mean(total_S[set_T] - with_others_T, size_S[set_T] - 1, whole_S[set_T]))
+    return OfSets(whole_S, _one_minus_mean(total_S[set_T] - with_others_T, size_S[set_T] - 1, whole_S[set_T]))
 
 
 def _one_minus_mean(total: np.ndarray, size: np.ndarray, alone: float | np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from jaxrlhf.evaluation.measures import Place
+from jaxrlhf.evaluation.measures import CUT, Place
 
 Estimate = Mapping[str, float]  # mean, low, high, n
 Series = Mapping[str, Mapping[str, Estimate]]  # policy -> split -> estimate
@@ -67,7 +67,22 @@ LABELS: dict[Place, str] = {
 }
 # Not the reader's matplotlibrc: the picture is the same on every machine.
 _styled = matplotlib.style.context(["default", STYLE])
-METRICS = {"ead": "EAD", "distinct": "distinct-n", "cosine": "3-gram cosine", "sbert": "Sentence-BERT", "nli": "NLI"}
+_TEXT_METRICS = {
+    "ead": "EAD",
+    "distinct": "distinct-n",
+    "cosine": "3-gram cosine",
+    "self_bleu": "1 − Self-BLEU",
+    "compression": "compressed share",
+}
+METRICS = {
+    **_TEXT_METRICS,
+    "sbert": "Sentence-BERT",
+    "vendi": "Vendi score",
+    "nli": "NLI",
+    "clusters": "semantic clusters",
+    "semantic_entropy": "semantic entropy",
+    **{key + CUT: f"{name} at equal length" for key, name in _TEXT_METRICS.items()},
+}
 SCOPES = {"per_input": "per-input", "across_input": "across-input"}
 # Of each stage: what a panel's y axis says, and the metrics drawn in it (`*` stands for a split).
 CURVES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.evaluation.figures import METRICS, SCOPES, Estimate, Look, label
-from jaxrlhf.evaluation.measures import Place, against_each_other
+from jaxrlhf.evaluation.measures import CUT, Place, against_each_other
 
 BySplit = Mapping[str, Estimate]
 SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length"}
 PERFORMANCE: tuple[Place, ...] = (("win_rate",), ("gold",), ("score",))  # the first that is there speaks for it
+VARIED = ("is more diverse than", "is less diverse than")
 ALL = "all"  # the split that holds all others
 
 
@@ -136,16 +137,18 @@ def sentences(found: Found) -> dict[str, list[str]]:
     """The findings, for each section of the page."""
     best, varied = performance(found), variety(found)
     well = [p for p in PERFORMANCE[:2] if p in found.places] or [p for p in (best,) if p]
-    spread = [p for p in diversities(found) if varied and p[:2] == varied[:2]]
-    other = [p for p in diversities(found) if p not in spread]
+    cut = [p for p in diversities(found) if p[2].endswith(CUT)]
+    spread = [p for p in diversities(found) if varied and p[:2] == varied[:2] and p not in cut]
+    other = [p for p in diversities(found) if p not in spread + cut]
     return {
         "generalisation": [*_told(found, best), *_of_pairs(found, well, "does better than", "does worse than")],
         "distance": list(_of_gaps(found, well)),
-        "diversity": [*_told(found, varied), *_of_pairs(found, spread, "is more diverse than", "is less diverse than")],
+        "diversity": [*_told(found, varied), *_of_pairs(found, spread, *VARIED)],
         "heads": list(_of_heads(found)),
         "length": list(_of_pairs(found, [("length",)], "writes more than", "writes less than")),
         "gap": list(_of_lone_gaps(found, well)),
-        "across": list(_of_pairs(found, other, "is more diverse than", "is less diverse than")),
+        "across": list(_of_pairs(found, other, *VARIED)),
+        "cut": [s for scope in SCOPES for s in _of_pairs(found, [p for p in cut if p[1] == scope], *VARIED)],
         "tradeoff": list(_bargains(found, best, varied)),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,23 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.evaluation import diversity
-from jaxrlhf.evaluation.statistics import Estimate, difference_estimate, jackknife, mean_estimate, win_rate
+from jaxrlhf.evaluation.statistics import Estimate, blocks, difference_estimate, jackknife, mean_estimate, win_rate
 
 Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",), ("diversity", "per_input", "ead")
 Tree = dict[str, Any]
 WIN_RATE: Place = ("win_rate",)
 GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",))
-LIMITS = {"ead": (0.0, math.inf), "distinct": (0.0, 1.0), "cosine": (0.0, 1.0)}
+CUT = "_cut"  # ends the name of a metric of texts that were cut to one length
+LIMITS = {
+    "ead": (0.0, math.inf),
+    "distinct": (0.0, 1.0),
+    "cosine": (0.0, 1.0),
+    "self_bleu": (0.0, 1.0),
+    "compression": (0.0, math.inf),
+    "sbert": (0.0, 2.0),
+    "vendi": (1.0, math.inf),
+    "nli": (0.0, 2.0),
+}
 
 
 @dataclass
@@ -31,17 +42,32 @@ class Measured:
         """One number of each of `prompts`."""
         self.means[place] = dict(zip(prompts, np.asarray(value_B, np.float64).tolist(), strict=True))
 
-    def add_texts(self, texts_BN: Sequence[Sequence[str]], paper_compat: bool) -> None:
-        """Length in words, and diversity per input (where prompts have several responses) and across inputs."""
-        samples = len(texts_BN[0])
+    def add_texts(self, texts_BN: Sequence[Sequence[str]], paper_compat: bool, cut_words: int = 0) -> None:
+        """Length in words, and diversity per input (where prompts have several responses) and across inputs.
+
+        With `cut_words`, also the diversity of the texts' first so many words.
+        """
         length_B = [float(np.mean([len(t.split()) for t in responses])) for responses in texts_BN]
         self.add_mean(("length",), self.prompts, length_B)
-        grams = diversity.count([t for responses in texts_BN for t in responses], paper_compat)
-        if samples > 1:
-            for name, value_B in diversity.per_input(grams, len(texts_BN), samples).items():
-                self.add_mean(("diversity", "per_input", name), self.prompts, value_B)
-        for name, found in diversity.across_input(grams, len(texts_BN), samples).items():
-            self.sets["diversity", "across_input", name] = found
+        block_B = blocks(rank(self.prompts))
+        self.add_diversity(diversity.of_texts(texts_BN, block_B, paper_compat))
+        if cut_words:
+            self.add_diversity(diversity.of_texts(texts_BN, block_B, paper_compat, cut_words), CUT)
+
+    def add_diversity(self, found: diversity.Varied, suffix: str = "") -> None:
+        """Metrics of the prompts' responses, under their names and `suffix`."""
+        for name, value_B in found.per_input.items():
+            self.add_mean(("diversity", "per_input", name + suffix), self.prompts, value_B)
+        for name, value in found.across_input.items():
+            self.sets["diversity", "across_input", name + suffix] = value
+
+
+def rank(prompts: Sequence[Hashable]) -> np.ndarray:
+    """Each prompt's place in an order that looks random and hangs on the prompts alone, not on their order here."""
+    keys = [(zlib.crc32(repr(p).encode("utf-8", "surrogatepass")), repr(p)) for p in prompts]
+    place_B = np.empty(len(keys), np.int64)
+    place_B[sorted(range(len(keys)), key=keys.__getitem__)] = np.arange(len(keys))
+    return place_B
 
 
 def estimates(m: Measured, resamples: int) -> Tree:
@@ -51,7 +77,7 @@ def estimates(m: Measured, resamples: int) -> Tree:
         estimate = win_rate if place == WIN_RATE else mean_estimate
         _put(found, place, estimate(_array(values.values()), resamples))
     for place, (whole, without_B) in m.sets.items():
-        _put(found, place, jackknife(whole, without_B, LIMITS[place[-1]]))
+        _put(found, place, jackknife(whole, without_B, LIMITS[place[-1].removesuffix(CUT)]))
     return found
 
 

@@ -13,6 +13,7 @@ import jinja2
 from jaxrlhf.evaluation import figures, findings
 from jaxrlhf.evaluation.figures import Estimate, visible
 from jaxrlhf.evaluation.findings import ALL, Found
+from jaxrlhf.evaluation.measures import CUT
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 
 STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
@@ -40,6 +41,8 @@ FACTS = (
     ("outputs", "{outputs}"),
     ("reference", "{reference}"),
     ("annotations", "{annotations}"),
+    ("sentence encoder", "{sentence_encoder}"),
+    ("NLI model", "{nli_model}"),
 )
 
 
@@ -73,6 +76,9 @@ def write_report(workdir: Path) -> Path:
         "pairs": findings.pairs(found),
         "counts": list(_counts(found)),
         "shares": shares(found.results),
+        "by_length": list(_by_length(found)),
+        "variety": findings.variety(found),
+        "cuts": _cuts(found),
         "rows": list(_rows(found)),
     }
     context["absent"] = list(_absent(found, context))
@@ -93,7 +99,7 @@ def read_results(workdir: Path) -> Found:
     measured: list[Any] = list(policies.values()) if isinstance(policies, dict) else []
     if not measured or not all(isinstance(s, dict) and all(isinstance(m, dict) for m in s.values()) for s in measured):
         raise UserError(f"{path}: no policies in it; `jaxrlhf evaluate` writes it anew")
-    empty: dict[str, Any] = {key: {} for key in ("config", "sampling", "generalisation_gap")}
+    empty: dict[str, Any] = {key: {} for key in ("config", "sampling", "generalisation_gap", "diversity_by_length")}
     empty |= {"differences": [], "comparisons": [], "task": "", "judge": ""}
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
@@ -176,7 +182,7 @@ def _named(place: findings.Place, i: int) -> str:
     if place in figures.LABELS:
         return f"measure_{place[0]}"
     if len(place) == 3 and place[0] == "diversity" and place[1] in figures.SCOPES and place[2] in figures.METRICS:
-        return f"{place[1]}_{place[2]}"
+        return f"{'cut_' if place[2].endswith(CUT) else ''}{place[1]}_{place[2]}"
     return f"other_{i}"
 
 
@@ -261,6 +267,24 @@ def _counts(found: Found) -> Iterator[tuple[str, str, int, int]]:
                 yield policy, split, m["n_prompts"], m.get("samples_per_prompt", 1)
 
 
+def _cuts(found: Found) -> dict[str, tuple[int, float]]:
+    """Split -> the words that texts were cut to, and the least share over policies of texts that have so many."""
+    held = [(s, m["cut"]) for splits in found.results["policies"].values() for s, m in splits.items() if "cut" in m]
+    return {s: (c["words"], min(other["reached"] for t, other in held if t == s)) for s, c in held}
+
+
+def _by_length(found: Found) -> Iterator[tuple[str, list[str], list[tuple[str, list[Estimate | None]]]]]:
+    """Of each split: policies, and rows of a length in words with each policy's main per-input diversity."""
+    varied = findings.variety(found)
+    for split in found.splits:
+        rows = found.results["diversity_by_length"].get(split, [])
+        policies = [p for p in found.looks if any(p in row["policies"] for row in rows)]
+        if varied and policies:
+            cells = [[row["policies"].get(p, {}).get(varied[2]) for p in policies] for row in rows]
+            names = [f"{row['words'][0]:.0f} to {row['words'][1]:.0f}" for row in rows]
+            yield split, policies, list(zip(names, cells, strict=True))
+
+
 def _rows(found: Found) -> Iterator[tuple[str, str, str, Estimate]]:
     """Every estimate of results.json: (policy or pair, split, what, estimate)."""
     names = {p: look.label for p, look in found.looks.items()}
@@ -291,6 +315,10 @@ def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
         yield "Scores: no reward model scored the outputs."
     if not any(p[:2] == ("diversity", "per_input") for p in found.places):
         yield "Per-input diversity: it takes several responses to each prompt."
+    if not any(p[0] == "diversity" and p[-1] == "sbert" for p in found.places):
+        yield "Sentence-BERT and Vendi score: no sentence encoder was given."
+    if not any(p[0] == "diversity" and p[-1] == "nli" for p in found.places):
+        yield "NLI and semantic clusters: no NLI model was given."
     if not found.results["generalisation_gap"]:
         yield "Generalisation gap: no split is marked as in-distribution."
     if not found.results["comparisons"]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
-from jaxrlhf.evaluation import generalisation, measures, outputs
+from jaxrlhf.evaluation import generalisation, measures, outputs, variety
 from jaxrlhf.evaluation.measures import WIN_RATE, Measured, against_each_other
 from jaxrlhf.evaluation.statistics import Estimate
 from jaxrlhf.files import UserError, read_json, read_records, write_json
@@ -30,19 +29,24 @@ def evaluate_outputs(
     workdir: Path,
     log: Log,
     resamples: int = 2000,
+    cut_words: int = 0,
+    sentence_encoder: str = "",
+    nli_model: str = "",
 ) -> dict[str, Any]:
     """Measures outputs from files, `name=path` each, and writes `results.json`; see `outputs.py` for the formats."""
     answers, verdicts = _read(outputs, reference, annotations, log)
     measured: Policies = {name: {} for name in answers}
+    texts: dict[str, dict[str, list[list[str]]]] = {name: {} for name in answers}
     samples = {name: len(next(iter(found.responses.values()))) for name, found in answers.items()}
-    for name, split in _bar([(n, s) for n, found in answers.items() for s in _splits(found.dataset.values())]):
+    for name, split in [(n, s) for n, found in answers.items() for s in _splits(found.dataset.values())]:
         found = answers[name]
         keys = [k for k, d in found.dataset.items() if split in ("all", d)]
         m = measured[name][split] = Measured(keys)
         judged = {k: o for k, (d, o) in verdicts.get(name, {}).items() if split in ("all", d)}
         if judged:
             m.add_mean(WIN_RATE, list(judged), list(judged.values()))
-        m.add_texts([found.responses[k] for k in keys], paper_compat)
+        texts[name][split] = [found.responses[k] for k in keys]
+    cuts = variety.add(measured, texts, variety.Options(paper_compat, cut_words, sentence_encoder, nli_model))
     found = {
         "schema": 1,
         "task": "outputs",
@@ -52,8 +56,11 @@ def evaluate_outputs(
             "reference": reference,
             "annotations": list(annotations),
             "paper_compat": paper_compat,
+            "cut_words": cut_words,
+            "sentence_encoder": sentence_encoder,
+            "nli_model": nli_model,
         },
-        **_estimates(measured, samples, resamples),
+        **_estimates(measured, samples, cuts, resamples),
         "comparisons": [],
     }
     if not annotations:
@@ -69,11 +76,14 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     samples = _read_samples(workdir)
     measured: Policies = {policy: {} for policy in samples}
     judged: dict[str, dict[str, np.ndarray]] = {policy: {} for policy in samples}
-    for policy, split in _bar([(p, s) for p, splits in samples.items() for s in splits]):
-        records = samples[policy][split]
-        m, judged[policy][split] = _numbers(records, judge)
-        m.add_texts([r["responses"] for r in records], config.evaluation.paper_compat)
-        measured[policy][split] = m
+    for policy, split in [(p, s) for p, splits in samples.items() for s in splits]:
+        measured[policy][split], judged[policy][split] = _numbers(samples[policy][split], judge)
+    e = config.evaluation
+    texts = {
+        p: {s: [r["responses"] for r in records] for s, records in splits.items()} for p, splits in samples.items()
+    }
+    options = variety.Options(e.paper_compat, e.cut_words, e.sentence_encoder, e.nli_model)
+    cuts = variety.add(measured, texts, options)
     drawn = {policy: len(next(iter(splits.values()))[0]["responses"]) for policy, splits in samples.items()}
     found = {
         "schema": 1,
@@ -81,14 +91,16 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
         "judge": judge,
         "config": read_json(workdir / "config.json"),
         "sampling": {p: read_json(i) for p in samples if (i := workdir / "samples" / p / "info.json").exists()},
-        **_estimates(measured, drawn, resamples),
+        **_estimates(measured, drawn, cuts, resamples),
         "comparisons": generalisation.comparisons(judged, resamples),
     }
     write_json(workdir / "results.json", found)
     return found
 
 
-def _estimates(measured: Policies, samples: Mapping[str, int], resamples: int) -> dict[str, Any]:
+def _estimates(
+    measured: Policies, samples: Mapping[str, int], cuts: Mapping[str, Mapping[str, Any]], resamples: int
+) -> dict[str, Any]:
     """The parts of results.json that follow from what was measured."""
     pairs = [(a, b, s) for a, b in against_each_other(list(measured)) for s in measured[a] if s in measured[b]]
     differences = []
@@ -101,7 +113,7 @@ def _estimates(measured: Policies, samples: Mapping[str, int], resamples: int) -
     return {
         "policies": {
             policy: {
-                split: {"n_prompts": len(m.prompts), "samples_per_prompt": samples[policy]}
+                split: {"n_prompts": len(m.prompts), "samples_per_prompt": samples[policy], "cut": cuts[policy][split]}
                 | measures.estimates(m, resamples)
                 for split, m in splits.items()
             }
@@ -113,6 +125,7 @@ def _estimates(measured: Policies, samples: Mapping[str, int], resamples: int) -
             if "id" in splits
         },
         "differences": differences,
+        "diversity_by_length": variety.by_length(measured, resamples),
     }
 
 
@@ -150,14 +163,6 @@ def _read(
             raise UserError("--outputs reference=…: that name is kept for --reference")
         answers["reference"] = outputs.read_answers([Path(reference)], "reference", log)
     return answers, verdicts
-
-
-def _bar(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Policies and splits, with a bar on standard error where they take more than two seconds."""
-    bar = tqdm(jobs, leave=False, delay=2, mininterval=1)
-    for job in bar:
-        bar.set_description("measuring " + ", ".join(job), refresh=False)
-        yield job
 
 
 def _splits(datasets: Iterable[str]) -> list[str]:

@@ -1,0 +1,103 @@
+"""The diversity of all policies and splits: what is measured, cut to which length, and how it hangs on length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxrlhf.evaluation.measures import CUT, Measured, rank
+from jaxrlhf.evaluation.statistics import mean_estimate
+
+Policies = Mapping[str, Mapping[str, Measured]]  # policy -> split
+Texts = Mapping[str, Mapping[str, Sequence[Sequence[str]]]]  # policy -> split -> [B][N]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure: directories of models, "" for none, and the words that texts are cut to, 0 for our choice."""
+
+    paper_compat: bool = False
+    cut_words: int = 0
+    sentence_encoder: str = ""
+    nli_model: str = ""
+
+
+def add(measured: Policies, texts: Texts, options: Options) -> dict[str, dict[str, dict[str, float]]]:
+    """Adds length and diversity to what was measured.
+
+    Returns policy -> split -> {"words", "reached"}: the length that texts were cut to, the same for all policies of a
+    split, and the share of texts that have so many words; the others stayed as they are.
+    """
+    held = [(policy, split) for policy, splits in texts.items() for split in splits]
+    words = {key: np.array([len(t.split()) for row in texts[key[0]][key[1]] for t in row]) for key in held}
+    cuts: dict[str, dict[str, dict[str, float]]] = {policy: {} for policy in texts}
+    for policy, split in _bar(held):
+        most = options.cut_words or cut_length([words[k] for k in held if k[1] == split])
+        measured[policy][split].add_texts(texts[policy][split], options.paper_compat, most)
+        cuts[policy][split] = {"words": most, "reached": float((words[policy, split] >= most).mean())}
+    if options.sentence_encoder or options.nli_model:
+        # Only here: it imports what the other metrics have no use for.
+        from jaxrlhf.evaluation import semantic
+
+        responses = {(p, s): semantic.Responses(texts[p][s], rank(measured[p][s].prompts)) for p, s in held}
+        found = semantic.measure(responses, options.sentence_encoder, options.nli_model, options.paper_compat)
+        for (policy, split), parts in found.items():
+            for part in parts:
+                measured[policy][split].add_diversity(part)
+    return cuts
+
+
+def cut_length(words: Sequence[np.ndarray]) -> int:
+    """The words to cut to: the least over policies of their texts' lower quartile, at least 1.
+
+    Three quarters of each policy's texts or more then have exactly as many words; a shorter cut would make all alike in
+    length and see less of what they say.
+    """
+    return max(1, min(int(np.quantile(w, 0.25)) for w in words))
+
+
+def by_length(measured: Policies, resamples: int) -> dict[str, list[dict[str, Any]]]:
+    """Per-input diversity of prompts with short, middling and long responses, by split.
+
+    The limits are the terciles of the prompts' mean lengths over all policies, so that a row compares policies at like
+    lengths; a policy without prompts there is absent from it.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for split in dict.fromkeys(s for splits in measured.values() for s in splits):
+        held = {p: splits[split] for p, splits in measured.items() if split in splits and _own(splits[split])}
+        if not held:
+            continue
+        lengths = {p: np.array(list(m.means["length",].values())) for p, m in held.items()}
+        pooled = np.sort(np.concatenate(list(lengths.values())))
+        edges = np.quantile(pooled, [1 / 3, 2 / 3], method="lower")
+        third = {p: np.searchsorted(edges, length_B) for p, length_B in lengths.items()}
+        rows = []
+        for part in range(3):
+            within = pooled[np.searchsorted(edges, pooled) == part]
+            if len(within):
+                inside = {p: np.flatnonzero(third[p] == part) for p in held if (third[p] == part).any()}
+                policies = {p: _means(held[p], index, resamples) for p, index in inside.items()}
+                rows.append({"words": [float(within[0]), float(within[-1])], "policies": policies})
+        found[split] = rows
+    return found
+
+
+def _own(m: Measured) -> list[str]:
+    return [p[2] for p in m.means if p[:2] == ("diversity", "per_input") and not p[2].endswith(CUT)]
+
+
+def _means(m: Measured, index: np.ndarray, resamples: int) -> dict[str, Any]:
+    places = {"length": ("length",)} | {name: ("diversity", "per_input", name) for name in _own(m)}
+    return {n: mean_estimate(np.array(list(m.means[p].values()))[index], resamples) for n, p in places.items()}
+
+
+def _bar(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Policies and splits, with a bar on standard error where they take more than two seconds."""
+    bar = tqdm(jobs, leave=False, delay=2, mininterval=1)
+    for job in bar:
+        bar.set_description("measuring " + ", ".join(job), refresh=False)
+        yield job

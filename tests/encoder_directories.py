@@ -1,0 +1,39 @@
+"""The tiny encoders' directories, and ways to change copies of them."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = GOLDEN / "encoders"
+SENTENCE = ("bert_sentence", "roberta_sentence")
+CLASSIFIERS = ("bert_classifier", "roberta_classifier")
+
+
+def maker():
+    spec = importlib.util.spec_from_file_location("make_encoders", GOLDEN / "make_encoders.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKE = maker()
+
+
+def copy_of(name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY / name, tmp_path / name))
+
+
+def change_json(path: Path, change: dict | list) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change if isinstance(change, dict) else change))
+
+
+def change_tensors(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
