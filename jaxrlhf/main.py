@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxrlhf.files import UserError, read_json, write_json
+from jaxrlhf.files import Failure, UserError, read_json, write_json
 from jaxrlhf.logs import say
 
 USAGE = """jaxrlhf COMMAND [flags]
@@ -39,6 +39,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 1
