@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ USAGE = """jaxrlhf COMMAND [flags]
   evaluate   anybody's outputs, no config and no training:
              jaxrlhf evaluate --outputs sft=a.json --outputs rlhf=b.json [--reference=r.json]
                               [--annotations rlhf=ann.json] [--paper_compat] --workdir=runs/mine
+             who wins, by a judge: --judge=length, or --judge=openai:MODEL [--judge_base_url=http://…/v1]
+                              [--judge_template=instructions|tldr|cnndm|FILE] [--judge_order=both|random]
+                              [--max_requests=N] [--judge_concurrency=N] [--judge_api_key_env=NAME]
+             for alpaca_eval: --export_alpaca_eval=FOLDER writes each as FOLDER/NAME/model_outputs.json
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
 
 Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jaxrlhf/config.py.
@@ -96,13 +101,21 @@ def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
 
 
 def _evaluate_outputs(argv: list[str]) -> None:
-    from jaxrlhf.evaluation import results
+    from jaxrlhf.evaluation import outputs, results
+    from jaxrlhf.evaluation.judge import Judge
 
     values = _values()
     flags.DEFINE_multi_string("outputs", [], "name=path", flag_values=values)
     flags.DEFINE_multi_string("annotations", [], "name=path", flag_values=values)
     flags.DEFINE_string("reference", "", "file of reference answers", flag_values=values)
     flags.DEFINE_bool("paper_compat", False, "metrics as the released code has them", flag_values=values)
+    settings = dataclasses.asdict(Judge(""))
+    del settings["name"]
+    flags.DEFINE_string("judge", "", "length | openai:MODEL", flag_values=values)
+    for key, default in settings.items():
+        define: Any = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
+        define(_judge_flag(key), default, "of an LLM judge", flag_values=values)
+    flags.DEFINE_string("export_alpaca_eval", "", "folder for alpaca_eval", flag_values=values)
     parsed = _parse(argv, values)
     if not parsed.outputs:
         raise UserError("evaluate takes --config=RECIPE, or --outputs NAME=FILE (once or more)")
@@ -113,9 +126,16 @@ def _evaluate_outputs(argv: list[str]) -> None:
         paper_compat=parsed.paper_compat,
         workdir=Path(parsed.workdir),
         log=say,
+        judged_by=Judge(parsed.judge, **{k: parsed[_judge_flag(k)].value for k in settings}) if parsed.judge else None,
     )
+    if parsed.export_alpaca_eval:
+        outputs.export(parsed.outputs, parsed.reference, Path(parsed.export_alpaca_eval), say)
     print(results.table(found))
     say(f"{parsed.workdir}/results.json written; `jaxrlhf report --workdir={parsed.workdir}` draws it")
+
+
+def _judge_flag(key: str) -> str:
+    return key if key == "max_requests" else f"judge_{key}"
 
 
 def _report(workdir: str) -> None:
@@ -143,7 +163,6 @@ def _run_stages(command: str, argv: list[str]) -> None:
 
 def _claim(workdir: Path, experiment: Any) -> None:
     """Writes the resolved config, or makes sure that the workdir belongs to this one; `evaluation` may change."""
-    import dataclasses
     import json
 
     from jaxrlhf.config import changes

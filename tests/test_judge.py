@@ -32,7 +32,7 @@ def match(texts, a="a", b="reference"):
 def decide(tmp_path, url, texts, **settings):
     lines = []
     found, told = judge.decide(Judge("openai:m", url, **settings), [match(texts)], tmp_path, lines.append)
-    return found[0], told, lines
+    return found[0], told["judge_report"], lines
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -278,6 +278,6 @@ def test_real_files(tmp_path):
 def test_measuring_imports_no_jax():
     program = (
         "import sys, jaxrlhf.main, jaxrlhf.evaluation.results; "
-        "sys.exit(bool({'jax', 'flax', 'matplotlib', 'scipy', 'torch'} & set(sys.modules)))"
+        "sys.exit(bool({'jax', 'flax', 'matplotlib', 'scipy', 'torch', 'requests'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

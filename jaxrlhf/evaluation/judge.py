@@ -45,7 +45,7 @@ class Match:
     split: str
     a: str
     b: str
-    items: Mapping[Hashable, tuple[str, Sequence[str], Sequence[str]]]
+    items: Mapping[Any, tuple[str, Sequence[str], Sequence[str]]]
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Pair:
         return [None if v is None else (v == 0) == first for (first, _), v in zip(self.shown, said, strict=True)]
 
 
-Outcomes = dict[Hashable, float]  # of each prompt with a verdict: 1 where a is better, 0 where b is, .5 for a draw
+Outcomes = dict[Any, float]  # of each prompt with a verdict: 1 where a is better, 0 where b is, .5 for a draw
 
 
 def reads_texts(name: str) -> bool:
@@ -88,7 +88,7 @@ def check(judge: Judge) -> None:
 def decide(
     judge: Judge, matches: Sequence[Match], workdir: Path, log: Callable[[str], None]
 ) -> tuple[list[Outcomes], dict[str, Any]]:
-    """Each match's outcomes, and what results.json says of an LLM judge (else nothing).
+    """Each match's outcomes, and for an LLM judge the `judge_report` of results.json.
 
     `length` averages over all pairs of responses to a prompt; an LLM judge compares the first response of each policy.
     """
@@ -130,9 +130,9 @@ def _by_llm(
     with (folder / "timings.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"seconds": seconds, "requests_sent": usage.sent, "cached": usage.cached}) + "\n")
     told = report(asked)
+    _check_failures(told, server.model, folder, log)
     told = {"model": server.model, "template": judge.template, "order": judge.order} | told
-    _check_failures(told, folder, log)
-    return [{p.key: o for p in held if (o := _outcome(p)) is not None} for held in pairs], told
+    return [{p.key: o for p in held if (o := _outcome(p)) is not None} for held in pairs], {"judge_report": told}
 
 
 def report(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -188,12 +188,12 @@ def _records(pair: Pair) -> list[dict[str, Any]]:
     ]
 
 
-def _check_failures(told: Mapping[str, Any], folder: Path, log: Callable[[str], None]) -> None:
+def _check_failures(told: Mapping[str, Any], model: str, folder: Path, log: Callable[[str], None]) -> None:
     failed, n = told["parse_failures"], told["n_requests"]
     if failed:
-        log(f"judge {told['model']}: {failed} of {n} replies hold no verdict; see {folder / 'verdicts.jsonl'}")
+        log(f"judge {model}: {failed} of {n} replies hold no verdict; see {folder / 'verdicts.jsonl'}")
     if failed > MOST_FAILURES * n:
         raise Failure(
-            f"{failed} of {n} replies of judge {told['model']} hold no verdict, more than {MOST_FAILURES:.0%}: "
+            f"{failed} of {n} replies of judge {model} hold no verdict, more than {MOST_FAILURES:.0%}: "
             f"see {folder / 'verdicts.jsonl'}; another model or judge_template would be right"
         )

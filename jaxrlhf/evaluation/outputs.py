@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.files import UserError, read_records
+from jaxrlhf.files import UserError, read_records, write_json
 
 Key = tuple[str, int]  # a prompt, and how often it came before in the same file
 
@@ -83,6 +84,26 @@ def _fields(path: Path, i: int, record: dict[str, Any]) -> tuple[Any, list[str]]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise UserError(f"{path}, record {i}: the output must be a text or a list of texts")
     return prompt, texts
+
+
+def export(entries: Sequence[str], reference: str, folder: Path, log: Callable[[str], None]) -> None:
+    """Writes outputs as alpaca_eval's `model_outputs.json`, `folder/<name>/` each, the reference as one of them.
+
+    alpaca_eval reads one output a prompt: further samples go to `model_outputs_2.json` and so on. Reading all of a
+    folder's files under one name gives the samples back.
+    """
+    named = read_named(entries, "outputs") | ({"reference": [Path(reference)]} if reference else {})
+    for name, paths in named.items():
+        if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+            raise UserError(f"--outputs {name}: a folder is called so; take letters, digits, dot, plus and minus")
+        answers = read_answers(paths, name, log)
+        for i in range(len(next(iter(answers.responses.values())))):
+            rows = [
+                {"dataset": answers.dataset[key], "instruction": key[0], "output": texts[i], "generator": name}
+                for key, texts in answers.responses.items()
+            ]
+            write_json(folder / name / f"model_outputs{f'_{i + 1}' if i else ''}.json", rows)
+        log(f"{folder / name}/model_outputs.json written")
 
 
 def read_verdicts(paths: Sequence[Path]) -> dict[Key, tuple[str, float]]:
