@@ -213,7 +213,7 @@ def _take_turn(session: _Session) -> None:
             raise _Stopped
         if server.max_requests and session.sent >= server.max_requests:
             raise UserError(
-                f"max_requests={server.max_requests} reached after {session.answered} replies; they are kept in "
+                f"max_requests={server.max_requests} reached; the replies so far are kept in "
                 f"{session.cache.name}, and the same command goes on from there"
             )
         session.sent += 1
