@@ -126,6 +126,22 @@ def read_verdicts(paths: Sequence[Path]) -> dict[Key, tuple[str, float]]:
     return {key: (dataset[key], sum(found) / len(found)) for key, found in outcomes.items()}
 
 
+def read_longer(paths: Sequence[Path]) -> dict[Key, float]:
+    """By how many characters output_2 is longer than output_1, of each prompt whose verdict comes with both texts.
+
+    The texts that were judged may be others than those of the files of outputs: of the published verdicts on
+    text_davinci_003 and those on several other models, most are.
+    """
+    found: dict[Key, list[int]] = {}
+    for path in paths:
+        seen: Counter[str] = Counter()
+        for i, record in enumerate(read_records(path, ("instruction", "preference")), 1):
+            key, texts = _key(path, i, record["instruction"], seen), (record.get("output_1"), record.get("output_2"))
+            if record["preference"] is not None and isinstance(texts[0], str) and isinstance(texts[1], str):
+                found.setdefault(key, []).append(len(texts[1]) - len(texts[0]))
+    return {key: sum(longer) / len(longer) for key, longer in found.items()}
+
+
 def _outcome(path: Path, i: int, preference: Any) -> float:
     """AlpacaEval 2's judges also give numbers between 1 and 2: one more than the chance that output_2 is better."""
     number = isinstance(preference, int | float) and not isinstance(preference, bool)

@@ -45,6 +45,7 @@ def evaluate_outputs(
         if annotations:
             raise UserError("--judge and --annotations both say who wins; give one of them")
     answers, verdicts = _read(outputs, reference, annotations, log)
+    longer = _read_longer(annotations)
     compared, told = _judge_outputs(answers, judged_by, workdir, log) if judged_by else ([], {})
     for match, won in compared:
         if match.b == "reference":
@@ -59,7 +60,7 @@ def evaluate_outputs(
         if judged:
             m.add_mean(WIN_RATE, list(judged), list(judged.values()))
             held = answers["reference"].responses if "reference" in answers else {}
-            m.longer = {k: _longer(found.responses[k], held[k]) for k in keys if k in held}
+            m.longer = {k: _longer(found.responses[k], held[k]) for k in keys if k in held} | longer.get(name, {})
         m.add_texts([found.responses[k] for k in keys], paper_compat)
     found = {
         "schema": 1,
@@ -158,6 +159,10 @@ def _judge_samples(
             rate = win_rate(np.array(list(won.values())), resamples)
             heads.append({"split": match.split, "a": match.a, "b": match.b, "win_rate": rate})
     return heads, told
+
+
+def _read_longer(annotations: Sequence[str]) -> dict[str, dict[outputs.Key, float]]:
+    return {n: outputs.read_longer(paths) for n, paths in outputs.read_named(annotations, "annotations").items()}
 
 
 def _longer(responses: Sequence[str], others: Sequence[str]) -> float:
