@@ -29,7 +29,7 @@ class Measured:
     prompts: Sequence[Hashable]
     means: dict[Place, dict[Hashable, float]] = field(default_factory=dict)
     sets: dict[Place, tuple[float, np.ndarray]] = field(default_factory=dict)
-    longer: dict[Hashable, float] = field(default_factory=dict)
+    longer: dict[Any, float] = field(default_factory=dict)
 
     def add_mean(self, place: Place, prompts: Sequence[Hashable], value_B: Sequence[float] | np.ndarray) -> None:
         """One number of each of `prompts`."""
