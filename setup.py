@@ -28,6 +28,7 @@ setup(
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "requests",
         "safetensors",
         "scipy",
         "tensorboardX",

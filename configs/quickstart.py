@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.ppo.loop.update(steps=25, log_every=1, save_every=5)
     c.ppo.optim.update(lr=1e-3)
     c.world.evaluation_prompts = 96  # three whole batches of sampling
-    c.sampling.update(samples_per_prompt=8, best_of=8, pool=64)
+    c.sampling.update(samples_per_prompt=6, best_of=6, pool=36)
     if variant == "smoke":
         smoke(c)
     elif variant:

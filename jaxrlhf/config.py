@@ -18,6 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from jaxrlhf.evaluation.judge import Judge, check, reads_texts
 from jaxrlhf.files import UserError, read_json
 
 
@@ -185,12 +186,33 @@ class Sampling:
 class Evaluation:
     """What is measured and how sure it is."""
 
-    judge: str = "gold"  # gold | reward: whose score decides win rates against the reference and head to head
+    # Who decides win rates against the reference and head to head: gold | reward (the scores that samples carry) |
+    # length (the longer response, a baseline) | openai:MODEL (a server that speaks the OpenAI chat API).
+    judge: str = "gold"
+    judge_base_url: str = "https://api.openai.com/v1"
+    judge_template: str = "tldr"  # tldr | cnndm | instructions | a file with {prompt}, {answer_1} and {answer_2}
+    judge_order: str = "both"  # both | random: in which order a pair is shown; both costs twice and shows position bias
+    max_requests: int = 10_000  # to the judge's server in one command, retries included; 0 = no limit
+    judge_concurrency: int = 8  # requests under way at once
+    judge_api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
     paper_compat: bool = False  # every metric as the paper's released code computes it
     bootstrap: int = 2_000  # resamples of an interval
     cut_words: int = 0  # words that texts are cut to for metrics ending in _cut; 0 = the shortest policy's quartile
     sentence_encoder: str = ""  # a sentence-transformers directory, for sbert and vendi; "" = not measured
     nli_model: str = ""  # a directory of an NLI classifier, for nli and clusters; "" = not measured
+
+    @property
+    def text_judge(self) -> Judge:
+        """The judge that reads texts."""
+        return Judge(
+            name=self.judge,
+            base_url=self.judge_base_url,
+            template=self.judge_template,
+            order=self.judge_order,
+            max_requests=self.max_requests,
+            concurrency=self.judge_concurrency,
+            api_key_env=self.judge_api_key_env,
+        )
 
 
 @dataclass(frozen=True)
@@ -338,7 +360,9 @@ def _check(e: Experiment) -> None:
         raise UserError(f"config.model.freeze_layers={e.model.freeze_layers}: a share from 0 to 1")
     if e.task not in ("world", "files"):
         raise UserError(f"config.task={e.task!r}: known are world, files")
-    if e.evaluation.judge not in ("gold", "reward"):
-        raise UserError(f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward")
+    if reads_texts(e.evaluation.judge):
+        check(e.evaluation.text_judge)
+    elif e.evaluation.judge not in ("gold", "reward"):
+        raise UserError(f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward, length, openai:MODEL")
     if e.evaluation.judge == "gold" and e.task != "world":
         raise UserError("config.evaluation.judge='gold': only the embedded world has a gold judge; take 'reward'")

@@ -18,6 +18,10 @@ class UserError(Exception):
     """The user's input is wrong: one line that names the key or the file and line, and says what would be right."""
 
 
+class Failure(Exception):
+    """Something outside failed, not the user's input: one line that says what, and how to go on."""
+
+
 def read_records(path: str | os.PathLike[str], required: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The objects of a JSON list (`.json`) or of JSON lines (any other suffix); blank lines are skipped.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from jaxrlhf.files import UserError, read_json, write_json
+from jaxrlhf.files import Failure, UserError, read_json, write_json
 from jaxrlhf.logs import say
 
 USAGE = """jaxrlhf COMMAND [flags]
@@ -21,6 +22,10 @@ USAGE = """jaxrlhf COMMAND [flags]
              jaxrlhf evaluate --outputs sft=a.json --outputs rlhf=b.json [--reference=r.json]
                               [--annotations rlhf=ann.json] [--paper_compat] [--cut_words=K]
                               [--sentence_encoder=DIR] [--nli_model=DIR] --workdir=runs/mine
+             who wins, by a judge: --judge=length, or --judge=openai:MODEL [--judge_base_url=http://…/v1]
+                              [--judge_template=instructions|tldr|cnndm|FILE] [--judge_order=both|random]
+                              [--max_requests=N] [--judge_concurrency=N] [--judge_api_key_env=NAME]
+             for alpaca_eval: --export_alpaca_eval=FOLDER writes each as FOLDER/NAME/model_outputs.json
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
   import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
@@ -44,6 +49,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 1
@@ -101,7 +109,8 @@ def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
 
 
 def _evaluate_outputs(argv: list[str]) -> None:
-    from jaxrlhf.evaluation import results
+    from jaxrlhf.evaluation import outputs, results
+    from jaxrlhf.evaluation.judge import Judge
 
     values = _values()
     flags.DEFINE_multi_string("outputs", [], "name=path", flag_values=values)
@@ -113,6 +122,13 @@ def _evaluate_outputs(argv: list[str]) -> None:
     )
     flags.DEFINE_string("sentence_encoder", "", "sentence-transformers directory: sbert, vendi", flag_values=values)
     flags.DEFINE_string("nli_model", "", "directory of an NLI classifier: nli, clusters", flag_values=values)
+    settings = dataclasses.asdict(Judge(""))
+    del settings["name"]
+    flags.DEFINE_string("judge", "", "length | openai:MODEL", flag_values=values)
+    for key, default in settings.items():
+        define: Any = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
+        define(_judge_flag(key), default, "of an LLM judge", flag_values=values)
+    flags.DEFINE_string("export_alpaca_eval", "", "folder for alpaca_eval", flag_values=values)
     parsed = _parse(argv, values)
     if not parsed.outputs:
         raise UserError("evaluate takes --config=RECIPE, or --outputs NAME=FILE (once or more)")
@@ -126,9 +142,16 @@ def _evaluate_outputs(argv: list[str]) -> None:
         cut_words=parsed.cut_words,
         sentence_encoder=parsed.sentence_encoder,
         nli_model=parsed.nli_model,
+        judged_by=Judge(parsed.judge, **{k: parsed[_judge_flag(k)].value for k in settings}) if parsed.judge else None,
     )
+    if parsed.export_alpaca_eval:
+        outputs.export(parsed.outputs, parsed.reference, Path(parsed.export_alpaca_eval), say)
     print(results.table(found))
     say(f"{parsed.workdir}/results.json written; `jaxrlhf report --workdir={parsed.workdir}` draws it")
+
+
+def _judge_flag(key: str) -> str:
+    return key if key == "max_requests" else f"judge_{key}"
 
 
 def _report(workdir: str) -> None:
@@ -184,7 +207,6 @@ def _run_stages(command: str, argv: list[str]) -> None:
 
 def _claim(workdir: Path, experiment: Any) -> None:
     """Writes the resolved config, or makes sure that the workdir belongs to this one; `evaluation` may change."""
-    import dataclasses
     import json
 
     from jaxrlhf.config import changes

@@ -208,13 +208,13 @@ def _write_directory(directory: Path, config: Mapping[str, Any], tensors: Mappin
     write_json(directory / "config.json", {**config, "dtype": name})
 
 
-def _stored(directory: Path, auto_class: str = "AutoModelForCausalLM") -> dict[str, Path]:
+def _stored(directory: Path, opened_by: str = "transformers' AutoModelForCausalLM.from_pretrained") -> dict[str, Path]:
     """Every tensor's name and the file that holds it."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         path = directory / "model.safetensors"
         if not path.exists():
-            raise UserError(_no_weights(directory, auto_class))
+            raise UserError(_no_weights(directory, opened_by))
         with _open(path) as file:
             return dict.fromkeys(file.keys(), path)
     try:
@@ -235,12 +235,12 @@ def _stored(directory: Path, auto_class: str = "AutoModelForCausalLM") -> dict[s
     return stored
 
 
-def _no_weights(directory: Path, auto_class: str) -> str:
+def _no_weights(directory: Path, opened_by: str) -> str:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
     found = f", only {listed(pickles)}, which can run code when read, and so is not" if pickles else ""
     return (
-        f"{directory}: no model.safetensors{found}; where PyTorch is installed, transformers' "
-        f"{auto_class}.from_pretrained(DIR).save_pretrained(NEW) writes one"
+        f"{directory}: no model.safetensors{found}; where PyTorch is installed, "
+        f"{opened_by}(DIR).save_pretrained(NEW) writes one"
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrlhf.evaluation.outputs import read_answers, read_named, read_verdicts
+from jaxrlhf.evaluation.outputs import read_answers, read_longer, read_named, read_verdicts
 from jaxrlhf.evaluation.statistics import win_rate
 from jaxrlhf.files import UserError
 
@@ -113,6 +113,19 @@ def test_verdicts_by_hand(tmp_path):
 def test_verdicts_on_several_samples_of_a_prompt_are_one_item(tmp_path):
     files = [verdicts(tmp_path, [2, 1, None, 2], "v"), verdicts(tmp_path, [2, 2, 1, None], "w")]
     assert list(read_verdicts(files).values()) == [("d", 1.0), ("d", 0.5), ("d", 1.0), ("d", 0.0)]
+
+
+def test_lengths_are_those_of_the_texts_that_were_judged(tmp_path):
+    rows = [
+        {"instruction": "q", "preference": 2, "output_1": "abc", "output_2": "a"},
+        {"instruction": "q", "preference": 1, "output_1": "a", "output_2": "abcd"},
+        {"instruction": "r", "preference": None, "output_1": "a", "output_2": "b"},
+        {"instruction": "s", "preference": 1, "output_1": "a"},
+    ]
+    path = write(tmp_path / "v.json", rows)
+    assert read_longer([path]) == {("q", 0): -2.0, ("q", 1): 3.0}
+    rows[0]["output_2"] = "abcde"
+    assert read_longer([path, write(tmp_path / "w.json", rows)])[("q", 0)] == 0.0
 
 
 @pytest.mark.parametrize("preference", [3, 0.5, -1, True, "2", [1], {"a": 1}, float("nan")])

@@ -147,7 +147,7 @@ def load_classifier(directory: Path) -> Classifier:
     if max(types) >= arch.token_types:
         raise UserError(f"{path}: type_vocab_size={arch.token_types}, but the tokenizer has {max(types) + 1} types")
     head = {ours: (theirs, sizes[ours]) for ours, theirs in HEADS[config["model_type"]].items()}
-    params = _params(directory, arch, head, "AutoModelForSequenceClassification")
+    params = _params(directory, arch, head, "transformers' AutoModelForSequenceClassification.from_pretrained")
     return Classifier(arch, params, tokenizer, min(tokenizer.model_max_length, arch.context), labels)
 
 
@@ -247,10 +247,10 @@ def _architecture(path: Path) -> tuple[Architecture, dict[str, Any]]:
 
 
 def _params(
-    directory: Path, arch: Architecture, head: dict[str, tuple[str, tuple[int, ...]]], auto_class: str
+    directory: Path, arch: Architecture, head: dict[str, tuple[str, tuple[int, ...]]], opened_by: str
 ) -> Params:
     """Parameters as f32 arrays on the device, kernels as [inputs, outputs], the blocks' stacked by layer."""
-    stored = _stored(directory, auto_class)
+    stored = _stored(directory, opened_by)
     word = EMBEDDINGS["embed/tokens"]
     prefix = next((p for p in ("", *(f"{family}." for family in FAMILIES)) if p + word in stored), "")
     rows = _rows(arch, prefix) | _linear_rows(head)

@@ -61,6 +61,7 @@ STYLE: dict[str, Any] = {
 }
 LABELS: dict[Place, str] = {
     ("win_rate",): "win rate against the reference",
+    ("length_controlled",): "length-controlled win rate",
     ("gold",): "gold reward",
     ("score",): "reward-model score",
     ("length",): "length (words)",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.evaluation import diversity
+from jaxrlhf.evaluation import diversity, length_bias
 from jaxrlhf.evaluation.statistics import Estimate, blocks, difference_estimate, jackknife, mean_estimate, win_rate
 
 Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",), ("diversity", "per_input", "ead")
@@ -32,11 +32,15 @@ LIMITS = {
 
 @dataclass
 class Measured:
-    """`means` hold a number of each prompt that has it; `sets` a number of all prompts, and of all without each."""
+    """`means` hold a number of each prompt that has it; `sets` a number of all prompts, and of all without each.
+
+    `longer` holds by how many characters a prompt's responses are longer than the reference's, on average.
+    """
 
     prompts: Sequence[Hashable]
     means: dict[Place, dict[Hashable, float]] = field(default_factory=dict)
     sets: dict[Place, tuple[float, np.ndarray]] = field(default_factory=dict)
+    longer: dict[Any, float] = field(default_factory=dict)
 
     def add_mean(self, place: Place, prompts: Sequence[Hashable], value_B: Sequence[float] | np.ndarray) -> None:
         """One number of each of `prompts`."""
@@ -76,6 +80,9 @@ def estimates(m: Measured, resamples: int) -> Tree:
     for place, values in m.means.items():
         estimate = win_rate if place == WIN_RATE else mean_estimate
         _put(found, place, estimate(_array(values.values()), resamples))
+    if compared := [k for k in m.means.get(WIN_RATE, {}) if k in m.longer]:
+        won_B, longer_B = (_array(held[k] for k in compared) for held in (m.means[WIN_RATE], m.longer))
+        found |= length_bias.estimates(won_B, longer_B, resamples)
     for place, (whole, without_B) in m.sets.items():
         _put(found, place, jackknife(whole, without_B, LIMITS[place[-1].removesuffix(CUT)]))
     return found

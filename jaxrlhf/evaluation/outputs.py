@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.files import UserError, read_records
+from jaxrlhf.files import UserError, read_records, write_json
 
 Key = tuple[str, int]  # a prompt, and how often it came before in the same file
 
@@ -85,6 +86,26 @@ def _fields(path: Path, i: int, record: dict[str, Any]) -> tuple[Any, list[str]]
     return prompt, texts
 
 
+def export(entries: Sequence[str], reference: str, folder: Path, log: Callable[[str], None]) -> None:
+    """Writes outputs as alpaca_eval's `model_outputs.json`, `folder/<name>/` each, the reference as one of them.
+
+    alpaca_eval reads one output a prompt: further samples go to `model_outputs_2.json` and so on. Reading all of a
+    folder's files under one name gives the samples back.
+    """
+    named = read_named(entries, "outputs") | ({"reference": [Path(reference)]} if reference else {})
+    for name, paths in named.items():
+        if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+            raise UserError(f"--outputs {name}: a folder is called so; take letters, digits, dot, plus and minus")
+        answers = read_answers(paths, name, log)
+        for i in range(len(next(iter(answers.responses.values())))):
+            rows = [
+                {"dataset": answers.dataset[key], "instruction": key[0], "output": texts[i], "generator": name}
+                for key, texts in answers.responses.items()
+            ]
+            write_json(folder / name / f"model_outputs{f'_{i + 1}' if i else ''}.json", rows)
+        log(f"{folder / name}/model_outputs.json written")
+
+
 def read_verdicts(paths: Sequence[Path]) -> dict[Key, tuple[str, float]]:
     """(dataset, outcome) of each prompt with a verdict: 1 the policy (output_2) wins, 0 the baseline, .5 a draw.
 
@@ -103,6 +124,22 @@ def read_verdicts(paths: Sequence[Path]) -> dict[Key, tuple[str, float]]:
     if not outcomes:
         raise UserError(f"{', '.join(map(str, paths))}: no verdict in it")
     return {key: (dataset[key], sum(found) / len(found)) for key, found in outcomes.items()}
+
+
+def read_longer(paths: Sequence[Path]) -> dict[Key, float]:
+    """By how many characters output_2 is longer than output_1, of each prompt whose verdict comes with both texts.
+
+    The texts that were judged may be others than those of the files of outputs: of the published verdicts on
+    text_davinci_003 and those on several other models, most are.
+    """
+    found: dict[Key, list[int]] = {}
+    for path in paths:
+        seen: Counter[str] = Counter()
+        for i, record in enumerate(read_records(path, ("instruction", "preference")), 1):
+            key, texts = _key(path, i, record["instruction"], seen), (record.get("output_1"), record.get("output_2"))
+            if record["preference"] is not None and isinstance(texts[0], str) and isinstance(texts[1], str):
+                found.setdefault(key, []).append(len(texts[1]) - len(texts[0]))
+    return {key: sum(longer) / len(longer) for key, longer in found.items()}
 
 
 def _outcome(path: Path, i: int, preference: Any) -> float:

@@ -17,12 +17,15 @@ from jaxrlhf.evaluation.measures import CUT
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 
 STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
+# Parts of a number that has its own place on the page.
+PARTS = ("win_rate_by_length",)
 CUTS = ("truncated", "overlong", "join_mismatch")  # of prompts, responses, and both
 SHOWN_PROMPTS, SHOWN_RESPONSES, SHOWN_LETTERS = 3, 2, 20_000
 TASKS = {"world": "the embedded world: generated forum posts to summarise", "files": "texts from files"}
 JUDGES = {
     "gold": "the gold judge, which knows the truth",
     "reward": "the reward model trained here; PPO was trained against it, so its verdicts flatter PPO",
+    "length": "length: the longer response wins, a baseline for other judges",
     "annotations": "the annotations given",
 }
 # What was run, as far as the config says it.
@@ -100,7 +103,7 @@ def read_results(workdir: Path) -> Found:
     if not measured or not all(isinstance(s, dict) and all(isinstance(m, dict) for m in s.values()) for s in measured):
         raise UserError(f"{path}: no policies in it; `jaxrlhf evaluate` writes it anew")
     empty: dict[str, Any] = {key: {} for key in ("config", "sampling", "generalisation_gap", "diversity_by_length")}
-    empty |= {"differences": [], "comparisons": [], "task": "", "judge": ""}
+    empty |= {"differences": [], "comparisons": [], "task": "", "judge": "", "judge_report": {}}
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
     known = {"sft": "SFT", "bon": f"best-of-{n}", "ppo": "PPO"}
@@ -110,7 +113,11 @@ def read_results(workdir: Path) -> Found:
         results=results,
         looks=figures.looks({str(p): known.get(p) or str(p) for p in policies}),
         splits={s: findings.split_label(s) for s in ordered},
-        places=list(dict.fromkeys(p for splits in measured for m in splits.values() for p, _ in findings.walk(m))),
+        places=[
+            p
+            for p in dict.fromkeys(p for splits in measured for m in splits.values() for p, _ in findings.walk(m))
+            if p[0] not in PARTS
+        ],
     )
 
 
@@ -303,6 +310,8 @@ def _rows(found: Found) -> Iterator[tuple[str, str, str, Estimate]]:
             yield pair, d["split"], f"difference in the gap in {measure}" if place[0] == "gap" else measure, e
     for c in found.results["comparisons"]:
         yield c["a"], c["split"], f"wins against {names.get(c['b'], c['b'])}", c["win_rate"]
+    for place, e in findings.walk(found.results["judge_report"]):
+        yield "the judge", ALL, figures.label(place), e
 
 
 def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:

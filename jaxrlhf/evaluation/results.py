@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrlhf.evaluation import generalisation, measures, outputs, variety
+from jaxrlhf.evaluation import generalisation, judge, measures, outputs, variety
+from jaxrlhf.evaluation.judge import Judge, Match
 from jaxrlhf.evaluation.measures import WIN_RATE, Measured, against_each_other
-from jaxrlhf.evaluation.statistics import Estimate
+from jaxrlhf.evaluation.statistics import Estimate, win_rate
 from jaxrlhf.files import UserError, read_json, read_records, write_json
+from jaxrlhf.logs import say
 
 if TYPE_CHECKING:
     from jaxrlhf.config import Experiment
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 POLICIES = ("sft", "bon", "ppo")
 Policies = dict[str, dict[str, Measured]]  # policy -> split
+Samples = dict[str, list[dict[str, Any]]]  # split -> records
 
 
 def evaluate_outputs(
@@ -32,9 +36,22 @@ def evaluate_outputs(
     cut_words: int = 0,
     sentence_encoder: str = "",
     nli_model: str = "",
+    judged_by: Judge | None = None,
 ) -> dict[str, Any]:
-    """Measures outputs from files, `name=path` each, and writes `results.json`; see `outputs.py` for the formats."""
+    """Measures outputs from files, `name=path` each, and writes `results.json`; see `outputs.py` for the formats.
+
+    Win rates come from annotations or from a judge that reads texts, `judged_by`, which also compares head to head.
+    """
+    if judged_by:
+        judge.check(judged_by)
+        if annotations:
+            raise UserError("--judge and --annotations both say who wins; give one of them")
     answers, verdicts = _read(outputs, reference, annotations, log)
+    longer = _read_longer(annotations)
+    compared, told = _judge_outputs(answers, judged_by, workdir, log) if judged_by else ([], {})
+    for match, won in compared:
+        if match.b == "reference":
+            verdicts[match.a] = {k: (answers[match.a].dataset[k], o) for k, o in won.items()}
     measured: Policies = {name: {} for name in answers}
     texts: dict[str, dict[str, list[list[str]]]] = {name: {} for name in answers}
     samples = {name: len(next(iter(found.responses.values()))) for name, found in answers.items()}
@@ -45,12 +62,15 @@ def evaluate_outputs(
         judged = {k: o for k, (d, o) in verdicts.get(name, {}).items() if split in ("all", d)}
         if judged:
             m.add_mean(WIN_RATE, list(judged), list(judged.values()))
+            held = answers["reference"].responses if "reference" in answers else {}
+            m.longer = {k: _longer(found.responses[k], held[k]) for k in keys if k in held} | longer.get(name, {})
         texts[name][split] = [found.responses[k] for k in keys]
     cuts = variety.add(measured, texts, variety.Options(paper_compat, cut_words, sentence_encoder, nli_model))
     found = {
         "schema": 1,
         "task": "outputs",
-        "judge": "annotations",
+        "judge": judged_by.name if judged_by else "annotations",
+        **told,
         "config": {
             "outputs": list(outputs),
             "reference": reference,
@@ -61,9 +81,15 @@ def evaluate_outputs(
             "nli_model": nli_model,
         },
         **_estimates(measured, samples, cuts, resamples),
-        "comparisons": [],
+        "comparisons": [
+            {"split": s, "a": match.a, "b": match.b, "win_rate": win_rate(np.array(part), resamples)}
+            for match, won in compared
+            if match.b != "reference"
+            for s in _splits(answers[match.a].dataset.values())
+            if (part := [o for k, o in won.items() if s in ("all", answers[match.a].dataset[k])])
+        ],
     }
-    if not annotations:
+    if not annotations and not judged_by:
         del found["judge"]
     write_json(workdir / "results.json", found)
     return found
@@ -71,31 +97,88 @@ def evaluate_outputs(
 
 def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     """Measures `samples/<policy>/<split>.jsonl` of a recipe's workdir and writes `results.json`."""
-    judge = config.evaluation.judge
-    resamples = config.evaluation.bootstrap
+    c = config.evaluation
+    resamples = c.bootstrap
     samples = _read_samples(workdir)
     measured: Policies = {policy: {} for policy in samples}
     judged: dict[str, dict[str, np.ndarray]] = {policy: {} for policy in samples}
     for policy, split in [(p, s) for p, splits in samples.items() for s in splits]:
-        measured[policy][split], judged[policy][split] = _numbers(samples[policy][split], judge)
-    e = config.evaluation
+        records = samples[policy][split]
+        m, judged[policy][split] = _numbers(records, c.judge)
+        m.longer = {r["id"]: _longer(r["responses"], [r["reference"]]) for r in records if r.get("reference")}
+        measured[policy][split] = m
     texts = {
         p: {s: [r["responses"] for r in records] for s, records in splits.items()} for p, splits in samples.items()
     }
-    options = variety.Options(e.paper_compat, e.cut_words, e.sentence_encoder, e.nli_model)
+    options = variety.Options(c.paper_compat, c.cut_words, c.sentence_encoder, c.nli_model)
     cuts = variety.add(measured, texts, options)
+    if judge.reads_texts(c.judge):
+        heads, told = _judge_samples(samples, measured, c.text_judge, workdir, resamples)
+    else:
+        heads, told = generalisation.comparisons(judged, resamples), {}
     drawn = {policy: len(next(iter(splits.values()))[0]["responses"]) for policy, splits in samples.items()}
     found = {
         "schema": 1,
         "task": config.task,
-        "judge": judge,
+        "judge": c.judge,
+        **told,
         "config": read_json(workdir / "config.json"),
         "sampling": {p: read_json(i) for p in samples if (i := workdir / "samples" / p / "info.json").exists()},
         **_estimates(measured, drawn, cuts, resamples),
-        "comparisons": generalisation.comparisons(judged, resamples),
+        "comparisons": heads,
     }
     write_json(workdir / "results.json", found)
     return found
+
+
+def _judge_outputs(
+    answers: Mapping[str, outputs.Answers], judged_by: Judge, workdir: Path, log: Log
+) -> tuple[list[tuple[Match, judge.Outcomes]], dict[str, Any]]:
+    """Each policy against the reference and against each other, on the prompts that both answered."""
+    matches = []
+    for b, a in combinations(["reference", *(n for n in answers if n != "reference")], 2):
+        one, other = (answers[n].responses if n in answers else {} for n in (a, b))
+        items = {k: (k[0], one[k], other[k]) for k in one if k in other}
+        matches += [Match("all", a, b, items)] * bool(items)
+    if not matches:
+        raise UserError(f"--judge={judged_by.name}: no two files answer the same prompt; give --reference=FILE")
+    found, told = judge.decide(judged_by, matches, workdir, log)
+    return list(zip(matches, found, strict=True)), told
+
+
+def _judge_samples(
+    samples: Mapping[str, Samples], measured: Policies, judged_by: Judge, workdir: Path, resamples: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Adds each policy's win rates against the reference to `measured`; returns the comparisons head to head."""
+    matches = [
+        Match(s, policy, "reference", {r["id"]: (r["prompt"], r["responses"], [r["reference"]]) for r in known})
+        for policy, splits in samples.items()
+        for s, records in splits.items()
+        if (known := [r for r in records if r.get("reference")])
+    ]
+    for b, a in combinations(samples, 2):
+        for s in (s for s in samples[a] if s in samples[b]):
+            both = zip(samples[a][s], samples[b][s], strict=True)
+            items = {x["id"]: (x["prompt"], x["responses"], y["responses"]) for x, y in both}
+            matches.append(Match(s, a, b, items))
+    found, told = judge.decide(judged_by, matches, workdir, say)
+    heads = []
+    for match, won in zip(matches, found, strict=True):
+        if won and match.b == "reference":
+            measured[match.a][match.split].add_mean(WIN_RATE, list(won), list(won.values()))
+        elif won:
+            rate = win_rate(np.array(list(won.values())), resamples)
+            heads.append({"split": match.split, "a": match.a, "b": match.b, "win_rate": rate})
+    return heads, told
+
+
+def _read_longer(annotations: Sequence[str]) -> dict[str, dict[outputs.Key, float]]:
+    return {n: outputs.read_longer(paths) for n, paths in outputs.read_named(annotations, "annotations").items()}
+
+
+def _longer(responses: Sequence[str], others: Sequence[str]) -> float:
+    """By how many characters the first are longer, on average."""
+    return float(np.mean([len(t) for t in responses]) - np.mean([len(t) for t in others]))
 
 
 def _estimates(
@@ -169,7 +252,7 @@ def _splits(datasets: Iterable[str]) -> list[str]:
     return ["all", *sorted({d for d in datasets if d and d != "all"})]
 
 
-def _read_samples(workdir: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _read_samples(workdir: Path) -> dict[str, Samples]:
     found = {}
     for policy in POLICIES:
         paths = {p.stem: p for p in (workdir / "samples" / policy).glob("*.jsonl")}
@@ -205,19 +288,20 @@ def _read_split(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _numbers(records: Sequence[Mapping[str, Any]], judge: str) -> tuple[Measured, np.ndarray]:
-    """Each prompt's numbers, and the judge's value of each of its responses [B, N]."""
-    columns, key = {"score": "scores", "gold": "gold"}, {"reward": "score", "gold": "gold"}[judge]
-    if any(columns[key] not in r for r in records):
-        raise UserError(f"config.evaluation.judge={judge!r}: samples have no field {columns[key]!r} to judge by")
-    judged_BN = np.array([r[columns[key]] for r in records], np.float64)
-    m = Measured([r["id"] for r in records])
-    # A prompt without a reference response has none to win against.
-    against = [b for b, r in enumerate(records) if f"reference_{key}" in r]
-    if against:
-        reference_B1 = np.array([[records[b][f"reference_{key}"]] for b in against], np.float64)
-        won_B = generalisation.outcomes(judged_BN[against], reference_B1)
-        m.add_mean(WIN_RATE, [m.prompts[b] for b in against], won_B)
+def _numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:
+    """Each prompt's numbers, and a judge's value of each of its responses [B, N], where the samples carry it."""
+    columns = {"score": "scores", "gold": "gold"}
+    m, judged_BN = Measured([r["id"] for r in records]), np.zeros((len(records), 0))
+    if key := {"reward": "score", "gold": "gold"}.get(by):
+        if any(columns[key] not in r for r in records):
+            raise UserError(f"config.evaluation.judge={by!r}: samples have no field {columns[key]!r} to judge by")
+        judged_BN = np.array([r[columns[key]] for r in records], np.float64)
+        # A prompt without a reference response has none to win against.
+        against = [b for b, r in enumerate(records) if f"reference_{key}" in r]
+        if against:
+            reference_B1 = np.array([[records[b][f"reference_{key}"]] for b in against], np.float64)
+            won_B = generalisation.outcomes(judged_BN[against], reference_B1)
+            m.add_mean(WIN_RATE, [m.prompts[b] for b in against], won_B)
     for name, column in columns.items():
         if all(column in r for r in records):
             m.add_mean((name,), m.prompts, [float(np.mean(r[column])) for r in records])
