@@ -261,28 +261,43 @@ def with_base(experiment: Experiment, workdir: Path) -> Experiment:
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, init="base"))
 
 
-def parse(argv: list[str], values: flags.FlagValues) -> ml_collections.ConfigDict:
-    """The config that `--config=recipe.py[:argument]` and `--config.a.b=value` in `argv` describe, locked.
+def parse(argv: list[str], values: flags.FlagValues) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config that `--config=recipe.py[:argument]` and `--config.a.b=value` in `argv` describe, locked; and other words.
 
     Raises:
-      UserError: no such recipe, an unknown key (names the nearest known one), or a value of the wrong type.
+      UserError: no such recipe or one that does not run, an unknown key (names the nearest known one), or a value of
+        the wrong type.
     """
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
     if not path:
         raise UserError("--config=RECIPE is missing, for example --config=configs/quickstart.py")
     if not Path(path.split(":", 1)[0]).is_file():
         raise UserError(f"--config={path}: no such file {path.split(':', 1)[0]}")
+    known = _recipe(argv[0], path)
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
     try:
-        values(argv)
-        return cast(ml_collections.ConfigDict, values["config"].value)
+        extra = values(argv)[1:]
+        return cast(ml_collections.ConfigDict, values["config"].value), extra
     except (AttributeError, KeyError):
-        known = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=[argv[0], f"--config={path}"])
-        known([argv[0], f"--config={path}"])
-        raise UserError(_unknown_key(argv, cast(ml_collections.ConfigDict, known["config"].value))) from None
+        raise UserError(_unknown_key(argv, known)) from None
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).strip().splitlines()[-1].split())) from None
+
+
+def _recipe(program: str, path: str) -> ml_collections.ConfigDict:
+    """What a recipe gives without overrides; `UserError` if it does not run."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[program, f"--config={path}"])
+    try:
+        values([program, f"--config={path}"])
+        config = values["config"].value
+    except ValueError as error:  # a recipe's own word on its argument
+        raise UserError(" ".join(str(error).strip().splitlines()[-1].split())) from None
+    except Exception as error:  # whatever a user's file raises
+        raise UserError(f"--config={path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={path}: its get_config must return the ConfigDict of jaxrlhf.config.default()")
+    return config
 
 
 def _unknown_key(argv: list[str], config: ml_collections.ConfigDict) -> str:
@@ -330,11 +345,11 @@ def _build(kind: Any, values: dict[str, Any], name: str) -> Any:
     return kind(**built)
 
 
+MODEL_SIZES = ("layers", "width", "heads", "ff_width", "prompt_length", "response_length")
+
+
 def _check(e: Experiment) -> None:
     positive = {
-        "model.layers": e.model.layers,
-        "model.prompt_length": e.model.prompt_length,
-        "model.response_length": e.model.response_length,
         "sampling.batch_size": e.sampling.batch_size,
         "sampling.samples_per_prompt": e.sampling.samples_per_prompt,
         "sampling.best_of": e.sampling.best_of,
@@ -344,14 +359,15 @@ def _check(e: Experiment) -> None:
         "evaluation.bootstrap": e.evaluation.bootstrap,
     }
     for stage in ("pretrain", "sft", "reward", "ppo"):
-        section = getattr(e, stage)
+        section, keys = getattr(e, stage), ("steps", "log_every", "save_every", "keep")
         positive |= {f"{stage}.batch_size": section.batch_size}
-        positive |= {
-            f"{stage}.loop.{k}": getattr(section.loop, k) for k in ("steps", "log_every", "save_every", "keep")
-        }
+        positive |= {f"{stage}.loop.{k}": getattr(section.loop, k) for k in keys}
+    positive |= {f"model.{k}": getattr(e.model, k) for k in MODEL_SIZES}
+    positive |= {f"world.{k.name}": getattr(e.world, k.name) for k in dataclasses.fields(e.world)[:-1]}
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")
+    _check_ranges(e)
     if e.reward.samples_per_prompt < 2:
         raise UserError(f"config.reward.samples_per_prompt={e.reward.samples_per_prompt}: a pair takes 2 or more")
     if e.evaluation.cut_words < 0:
@@ -366,3 +382,18 @@ def _check(e: Experiment) -> None:
         raise UserError(f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward, length, openai:MODEL")
     if e.evaluation.judge == "gold" and e.task != "world":
         raise UserError("config.evaluation.judge='gold': only the embedded world has a gold judge; take 'reward'")
+
+
+def _check_ranges(e: Experiment) -> None:
+    ranges = {
+        "seed": (e.seed, 0, 2**31 - 1),
+        "world.annotator_temperature": (e.world.annotator_temperature, 1e-6, 1e6),
+        "ppo.kl_coef": (e.ppo.kl_coef, 0, 1e6),
+        "sampling.temperature": (e.sampling.temperature, 0, 1e6),
+        "sampling.top_p": (e.sampling.top_p, 1e-6, 1),
+    }
+    ranges |= {f"ppo.{k}": (getattr(e.ppo, k), 0, 1) for k in ("gamma", "lam")}
+    ranges |= {f"{s}.optim.lr": (getattr(e, s).optim.lr, 0, 1e3) for s in ("pretrain", "sft", "reward", "ppo")}
+    for key, (value, low, high) in ranges.items():
+        if not low <= value <= high:  # NaN is in no range
+            raise UserError(f"config.{key}={value}: must be from {low:g} to {high:g}")

@@ -64,6 +64,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
@@ -81,11 +83,14 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Mapping[str, A
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes `text` whole or not at all: to a file beside it, then renamed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    # Lone surrogates can come out of JSON escapes; they are written as they came rather than refused.
-    partial.write_text(text, encoding="utf-8", errors="surrogatepass")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Lone surrogates can come out of JSON escapes; as escapes they go back, since UTF-8 cannot hold them.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -118,12 +123,18 @@ def _parse_list(path: Path, text: str) -> list[Any]:
 def _parse(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON for our purposes (nested too deeply)") from None
     except json.JSONDecodeError as error:
+        if not text.strip():
+            raise UserError(f"{path}: the file is empty") from None
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
 
 
 def _parse_line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
+    except RecursionError:
+        raise UserError(f"{path}:{number}: not valid JSON for our purposes (nested too deeply)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None

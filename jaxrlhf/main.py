@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,11 @@ STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
 
 def console() -> None:
     """The console script `jaxrlhf`: exit status 0 done, 2 the user's input is wrong, 1 anything else."""
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # an interrupted compilation can crash the interpreter's own way out
 
 
 def main(argv: list[str]) -> int:
@@ -104,8 +109,9 @@ def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
     if not values["workdir"].value:
         raise UserError("--workdir=FOLDER is missing: where results go, for example --workdir=runs/mine")
     workdir = Path(str(values["workdir"].value))
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: a file stands there; name a folder")
+    for place in (workdir, *workdir.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"--workdir={workdir}: a file stands there, at {place}; name a folder")
 
 
 def _evaluate_outputs(argv: list[str]) -> None:
@@ -132,6 +138,8 @@ def _evaluate_outputs(argv: list[str]) -> None:
     parsed = _parse(argv, values)
     if not parsed.outputs:
         raise UserError("evaluate takes --config=RECIPE, or --outputs NAME=FILE (once or more)")
+    if parsed.export_alpaca_eval:
+        outputs.export(parsed.outputs, parsed.reference, Path(parsed.export_alpaca_eval), say)
     found = results.evaluate_outputs(
         outputs=parsed.outputs,
         reference=parsed.reference,
@@ -144,8 +152,6 @@ def _evaluate_outputs(argv: list[str]) -> None:
         nli_model=parsed.nli_model,
         judged_by=Judge(parsed.judge, **{k: parsed[_judge_flag(k)].value for k in settings}) if parsed.judge else None,
     )
-    if parsed.export_alpaca_eval:
-        outputs.export(parsed.outputs, parsed.reference, Path(parsed.export_alpaca_eval), say)
     print(results.table(found))
     say(f"{parsed.workdir}/results.json written; `jaxrlhf report --workdir={parsed.workdir}` draws it")
 
@@ -193,16 +199,22 @@ def _run_stages(command: str, argv: list[str]) -> None:
     values = _values()
     if any(a in ("--config", "-config") for a in argv):
         raise UserError("write --config=RECIPE, with an equals sign")
-    parsed = configs.parse(argv, values)
-    _finish_parsing([], values)
+    parsed, extra = configs.parse(argv, values)
+    _finish_parsing(extra, values)
     experiment = configs.resolve(parsed)
     workdir = Path(str(values["workdir"].value))
     experiment = configs.with_base(experiment, workdir)
+    unclaimed = not (workdir / "config.json").exists()
     _claim(workdir, experiment)
     stages = STAGES if command == "run" else (command,)
     from jaxrlhf import stages as runner
 
-    runner.run_stages(experiment, workdir, stages, skip_finished=command == "run")
+    try:
+        runner.run_stages(experiment, workdir, stages, skip_finished=command == "run")
+    except UserError:
+        if unclaimed and not any((workdir / s).exists() for s in (*STAGES, "samples")):
+            (workdir / "config.json").unlink()  # nothing was made yet: the corrected config may have the workdir
+        raise
 
 
 def _claim(workdir: Path, experiment: Any) -> None:

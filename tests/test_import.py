@@ -32,7 +32,7 @@ def test_an_experiment_starts_from_an_imported_base(tmp_path):
 
 
 def test_a_base_that_does_not_fit_the_texts_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"53 tokens, this task's tokenizer 54"):
+    with pytest.raises(UserError, match=r"embeddings for 53 tokens, its tokenizer 54"):
         _ = run(CONFIG, tmp_path, tokens=54).arch
     long = replace(CONFIG, model=replace(CONFIG.model, prompt_length=17))
     with pytest.raises(UserError, match=r"response_length = 25.*positions for 24"):

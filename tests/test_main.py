@@ -5,6 +5,7 @@ import json
 import pytest
 from encoder_directories import TINY
 
+from jaxrlhf.files import read_records, write_records
 from jaxrlhf.main import main
 
 RECIPE = "--config=configs/quickstart.py:smoke"
@@ -88,3 +89,43 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(capsys, tmp_path):
 def test_a_mesh_that_does_not_fit(capsys, tmp_path):
     line = refused(capsys, "sft", RECIPE, f"--workdir={tmp_path / 'x'}", "--config.mesh.fsdp=64")
     assert "config.mesh" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("world.evaluation_prompts=0", "config.world.evaluation_prompts=0: must be at least 1"),
+        ("ppo.optim.lr=-1.0", "config.ppo.optim.lr=-1.0: must be from 0"),
+        ("ppo.optim.lr=nan", "config.ppo.optim.lr=nan: must be from 0"),
+        ("seed=-1", "config.seed=-1: must be from 0"),
+        ("sampling.top_p=2.0", "config.sampling.top_p=2.0: must be from"),
+        ("model.heads=0", "config.model.heads=0: must be at least 1"),
+    ],
+)
+def test_impossible_values_are_refused_before_the_workdir_is_claimed(capsys, tmp_path, override, says):
+    assert says in refused(capsys, "report", RECIPE, f"--workdir={tmp_path / 'x'}", f"--config.{override}")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_mistake_that_a_stage_finds_leaves_the_workdir_to_the_corrected_config(capsys, tmp_path):
+    argv = ["sft", RECIPE, f"--workdir={tmp_path / 'x'}"]
+    assert "config.model" in refused(capsys, *argv, "--config.model.heads=3", "--config.pretrain.init=scratch")
+    assert not (tmp_path / "x" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("def (", "SyntaxError"), ("def get_config():\n    return 3\n", "ConfigDict"), ("x = 1\n", "get_config")],
+)
+def test_recipes_that_do_not_run(capsys, tmp_path, text, says):
+    (tmp_path / "r.py").write_text(text)
+    assert says in refused(capsys, "run", f"--config={tmp_path / 'r.py'}", f"--workdir={tmp_path / 'x'}")
+
+
+def test_a_stray_argument_is_refused(capsys, tmp_path):
+    assert "'sft': not a flag" in refused(capsys, "run", RECIPE, "sft", f"--workdir={tmp_path / 'x'}")
+
+
+def test_a_lone_surrogate_goes_out_as_it_came_in(tmp_path):
+    write_records(tmp_path / "r.jsonl", [{"a": "\ud800 x\\"}])
+    assert read_records(tmp_path / "r.jsonl") == [{"a": "\ud800 x\\"}]
