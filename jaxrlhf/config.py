@@ -262,7 +262,7 @@ def with_base(experiment: Experiment, workdir: Path) -> Experiment:
 
 
 def parse(argv: list[str], values: flags.FlagValues) -> tuple[ml_collections.ConfigDict, list[str]]:
-    """The config of `--config=recipe.py[:argument]` and `--config.a.b=value` in `argv`, locked, and words that are no flags.
+    """The config that `--config=recipe.py[:arg]` and `--config.a.b=value` give, locked, and words that are no flag.
 
     Raises:
       UserError: no such recipe or one that does not run, an unknown key (names the nearest known one), or a value of
