@@ -49,6 +49,8 @@ def console() -> None:
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns its exit status."""
+    # transformers is here for its tokenizers, which need no torch; without this it advises to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _dispatch(argv)
     except UserError as error:
