@@ -1,28 +1,16 @@
 """The tiny encoders' directories, and ways to change copies of them."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
+from golden_makers import GOLDEN, maker
 from safetensors.numpy import load_file, save_file
 
-GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "encoders"
 SENTENCE = ("bert_sentence", "roberta_sentence")
 CLASSIFIERS = ("bert_classifier", "roberta_classifier")
-
-
-def maker():
-    spec = importlib.util.spec_from_file_location("make_encoders", GOLDEN / "make_encoders.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKE = maker()
+MAKE = maker("make_encoders")
 
 
 def copy_of(name: str, tmp_path: Path) -> Path:

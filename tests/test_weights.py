@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 import shutil
@@ -9,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from golden_makers import GOLDEN, maker
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import model, policies, sharding, weights
@@ -18,21 +18,11 @@ from jaxrlhf.sampling import Generation, sample
 from jaxrlhf.split import split
 from jaxrlhf.types import ScalarHead, Scorer
 
-GOLDEN = Path(__file__).parent / "golden"
 HF = GOLDEN / "hf"
 FAMILIES = tuple(sorted(p.name for p in HF.iterdir()))
 CASES = ("left", "right", "length_1", "batch_1", "full")
 PAD = 2
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": PAD}
-
-
-def maker():
-    spec = importlib.util.spec_from_file_location("make_hf_logits", GOLDEN / "make_hf_logits.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @partial(jax.jit, static_argnames="arch")
@@ -109,7 +99,7 @@ def test_a_fresh_torch_model_comes_in_and_goes_back(name, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    make = maker()
+    make = maker("make_hf_logits")
     theirs = make.random_model(make.FAMILIES[name], seed=99)
     theirs.save_pretrained(tmp_path / "theirs")
     arch, params = weights.load(tmp_path / "theirs")
