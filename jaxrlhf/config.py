@@ -1,24 +1,21 @@
 """One config describes one experiment: every key once, with its unit and reason, as frozen dataclasses.
 
 A recipe (`configs/*.py`) starts from `default()`, an ml_collections ConfigDict of these, and changes keys;
-`resolve` turns the ConfigDict back into the dataclasses, which are hashable and so can be static under `jit`.
+`recipes.resolve` turns the ConfigDict back into the dataclasses, which are hashable and so can be static under `jit`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
-from jaxrlhf.evaluation.judge import Judge, check, reads_texts
+from jaxrlhf.evaluation.judge import Judge
 from jaxrlhf.files import UserError, read_json
 
 
@@ -239,19 +236,12 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Experiment()))
 
 
-def resolve(config: ml_collections.ConfigDict) -> Experiment:
-    """The frozen dataclasses of a ConfigDict; `UserError` for values that no stage could work with."""
-    experiment: Experiment = _build(Experiment, config.to_dict(), "config")
-    _check(experiment)
-    return experiment
-
-
 def read(path: Path) -> Experiment:
     """The experiment of a workdir's config.json; `UserError` if the file is missing or is no such config."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected an object, the resolved config")
-    return _build(Experiment, found, "config")
+    return build(Experiment, found, "config")
 
 
 def with_base(experiment: Experiment, workdir: Path) -> Experiment:
@@ -259,63 +249,6 @@ def with_base(experiment: Experiment, workdir: Path) -> Experiment:
     if experiment.model.init or not (workdir / "base").exists():
         return experiment
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, init="base"))
-
-
-def parse(argv: list[str], values: flags.FlagValues) -> tuple[ml_collections.ConfigDict, list[str]]:
-    """The config that `--config=recipe.py[:arg]` and `--config.a.b=value` give, locked, and words that are no flag.
-
-    Raises:
-      UserError: no such recipe or one that does not run, an unknown key (names the nearest known one), or a value of
-        the wrong type.
-    """
-    path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
-    if not path:
-        raise UserError("--config=RECIPE is missing, for example --config=configs/quickstart.py")
-    if not Path(path.split(":", 1)[0]).is_file():
-        raise UserError(f"--config={path}: no such file {path.split(':', 1)[0]}")
-    known = _recipe(argv[0], path)
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
-    try:
-        extra = values(argv)[1:]
-        return cast(ml_collections.ConfigDict, values["config"].value), extra
-    except (AttributeError, KeyError):
-        raise UserError(_unknown_key(argv, known)) from None
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).strip().splitlines()[-1].split())) from None
-
-
-def _recipe(program: str, path: str) -> ml_collections.ConfigDict:
-    """What a recipe gives without overrides; `UserError` if it does not run."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[program, f"--config={path}"])
-    try:
-        values([program, f"--config={path}"])
-        config = values["config"].value
-    except ValueError as error:  # a recipe's own word on its argument
-        raise UserError(" ".join(str(error).strip().splitlines()[-1].split())) from None
-    except Exception as error:  # whatever a user's file raises
-        raise UserError(f"--config={path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config={path}: its get_config must return the ConfigDict of jaxrlhf.config.default()")
-    return config
-
-
-def _unknown_key(argv: list[str], config: ml_collections.ConfigDict) -> str:
-    known = list(_leaves(config.to_dict()))
-    for arg in argv:
-        key = re.sub(r"^--?(config\.)", "", arg.split("=", 1)[0])
-        if re.match(r"--?config\.", arg) and key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.0)[0]
-            return f"config.{key}: no such key; the nearest is config.{near}"
-    return "the recipe sets a key that jaxrlhf/config.py does not have"
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> Iterator[str]:
@@ -328,7 +261,8 @@ def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") ->
             yield f"{prefix}.{key}: {a!r} -> {b!r}"
 
 
-def _build(kind: Any, values: dict[str, Any], name: str) -> Any:
+def build(kind: Any, values: dict[str, Any], name: str) -> Any:
+    """The dataclass `kind` and its sections from plain values; `UserError` for a key that it does not have."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
@@ -339,61 +273,7 @@ def _build(kind: Any, values: dict[str, Any], name: str) -> Any:
         default = fields[key].default_factory
         section = None if default is dataclasses.MISSING else default
         if section:
-            built[key] = _build(section, value, f"{name}.{key}")
+            built[key] = build(section, value, f"{name}.{key}")
         else:
             built[key] = tuple(value) if isinstance(value, list) else value  # JSON has lists
     return kind(**built)
-
-
-MODEL_SIZES = ("layers", "width", "heads", "ff_width", "prompt_length", "response_length")
-
-
-def _check(e: Experiment) -> None:
-    positive = {
-        "sampling.batch_size": e.sampling.batch_size,
-        "sampling.samples_per_prompt": e.sampling.samples_per_prompt,
-        "sampling.best_of": e.sampling.best_of,
-        "ppo.epochs": e.ppo.epochs,
-        "ppo.minibatches": e.ppo.minibatches,
-        "reward.normalise_samples": e.reward.normalise_samples,
-        "evaluation.bootstrap": e.evaluation.bootstrap,
-    }
-    for stage in ("pretrain", "sft", "reward", "ppo"):
-        section, keys = getattr(e, stage), ("steps", "log_every", "save_every", "keep")
-        positive |= {f"{stage}.batch_size": section.batch_size}
-        positive |= {f"{stage}.loop.{k}": getattr(section.loop, k) for k in keys}
-    positive |= {f"model.{k}": getattr(e.model, k) for k in MODEL_SIZES}
-    positive |= {f"world.{k.name}": getattr(e.world, k.name) for k in dataclasses.fields(e.world)[:-1]}
-    for key, value in positive.items():
-        if value < 1:
-            raise UserError(f"config.{key}={value}: must be at least 1")
-    _check_ranges(e)
-    if e.reward.samples_per_prompt < 2:
-        raise UserError(f"config.reward.samples_per_prompt={e.reward.samples_per_prompt}: a pair takes 2 or more")
-    if e.evaluation.cut_words < 0:
-        raise UserError(f"config.evaluation.cut_words={e.evaluation.cut_words}: must be 0 (automatic) or more")
-    if not 0 <= e.model.freeze_layers <= 1:
-        raise UserError(f"config.model.freeze_layers={e.model.freeze_layers}: a share from 0 to 1")
-    if e.task not in ("world", "files"):
-        raise UserError(f"config.task={e.task!r}: known are world, files")
-    if reads_texts(e.evaluation.judge):
-        check(e.evaluation.text_judge)
-    elif e.evaluation.judge not in ("gold", "reward"):
-        raise UserError(f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward, length, openai:MODEL")
-    if e.evaluation.judge == "gold" and e.task != "world":
-        raise UserError("config.evaluation.judge='gold': only the embedded world has a gold judge; take 'reward'")
-
-
-def _check_ranges(e: Experiment) -> None:
-    ranges = {
-        "seed": (e.seed, 0, 2**31 - 1),
-        "world.annotator_temperature": (e.world.annotator_temperature, 1e-6, 1e6),
-        "ppo.kl_coef": (e.ppo.kl_coef, 0, 1e6),
-        "sampling.temperature": (e.sampling.temperature, 0, 1e6),
-        "sampling.top_p": (e.sampling.top_p, 1e-6, 1),
-    }
-    ranges |= {f"ppo.{k}": (getattr(e.ppo, k), 0, 1) for k in ("gamma", "lam")}
-    ranges |= {f"{s}.optim.lr": (getattr(e, s).optim.lr, 0, 1e3) for s in ("pretrain", "sft", "reward", "ppo")}
-    for key, (value, low, high) in ranges.items():
-        if not low <= value <= high:  # NaN is in no range
-            raise UserError(f"config.{key}={value}: must be from {low:g} to {high:g}")

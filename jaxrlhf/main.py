@@ -196,16 +196,17 @@ def _export(argv: list[str]) -> None:
 
 
 def _run_stages(command: str, argv: list[str]) -> None:
-    from jaxrlhf import config as configs
+    from jaxrlhf import recipes
+    from jaxrlhf.config import with_base
 
     values = _values()
     if any(a in ("--config", "-config") for a in argv):
         raise UserError("write --config=RECIPE, with an equals sign")
-    parsed, extra = configs.parse(argv, values)
+    parsed, extra = recipes.parse(argv, values)
     _finish_parsing(extra, values)
-    experiment = configs.resolve(parsed)
+    experiment = recipes.resolve(parsed)
     workdir = Path(str(values["workdir"].value))
-    experiment = configs.with_base(experiment, workdir)
+    experiment = with_base(experiment, workdir)
     unclaimed = not (workdir / "config.json").exists()
     _claim(workdir, experiment)
     stages = STAGES if command == "run" else (command,)

@@ -16,9 +16,9 @@ import numpy as np
 
 import jaxrlhf
 from jaxrlhf import experiment, weights
-from jaxrlhf.config import resolve
 from jaxrlhf.data import task
 from jaxrlhf.files import read_json, write_json
+from jaxrlhf.recipes import resolve
 from jaxrlhf.split import tree_hash
 
 

@@ -5,10 +5,11 @@ import json
 import pytest
 from judge_server import KEY, serving
 
-from jaxrlhf.config import Evaluation, Experiment, default, resolve
+from jaxrlhf.config import Evaluation, Experiment, default
 from jaxrlhf.evaluation import outputs, report, results
 from jaxrlhf.files import UserError, write_records
 from jaxrlhf.main import main
+from jaxrlhf.recipes import resolve
 
 
 @pytest.fixture(autouse=True)
