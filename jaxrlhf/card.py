@@ -86,8 +86,11 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
         yield "sources", safe(", ".join(c.files.id_sources))
     examples = told.summaries["sft"].get("examples")
     yield "SFT", f"{c.sft.loop.steps} steps of {c.sft.batch_size}, {examples} demonstrations, {_optim(c.sft.optim)}"
-    if "reward" in told.summaries:
-        pairs = told.summaries["reward"].get("pairs", {}).get("train")
+    reward = told.summaries.get("reward", {})
+    if "init" in reward:
+        yield "reward model", f"from elsewhere: {safe(str(reward['init']))}, read through {reward['reads']}"
+    elif reward:
+        pairs = reward.get("pairs", {}).get("train")
         by = "simulated annotators" if c.task == "world" else "the files' verdicts"
         yield (
             "reward model",

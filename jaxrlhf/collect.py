@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import policies, sharding
+from jaxrlhf import policies, scoring
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, write_json, write_records
-from jaxrlhf.types import Scorer
 
 POLICIES = ("sft", "bon", "ppo")
 
@@ -25,13 +23,13 @@ def sample(run: Run) -> None:
             f"config.sampling.pool={c.pool} must be at least best_of={c.best_of} and samples_per_prompt="
             f"{c.samples_per_prompt}"
         )
-    scorer = run.scorer()
+    reward = scoring.of_run(run)
     folder = run.workdir / "samples"
     for i, (split, records) in enumerate(run.task.splits.items()):
         paths = {p: folder / p / f"{split}.jsonl" for p in POLICIES}
-        references = _references(run, scorer, records)
+        references = _references(run, reward, records)
         if not (paths["sft"].exists() and paths["bon"].exists()):
-            pool = _respond(run, "sft", scorer, records, c.pool, i)
+            pool = _respond(run, "sft", reward, records, c.pool, i)
             first_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
             assert pool.scores_BN is not None
             rng = np.random.default_rng([run.seed("best of n"), i])
@@ -39,7 +37,7 @@ def sample(run: Run) -> None:
             write_records(paths["sft"], _rows(run, records, references, pool, first_BN))
             write_records(paths["bon"], _rows(run, records, references, pool, best_BN))
         if not paths["ppo"].exists():
-            drawn = _respond(run, "ppo", scorer, records, c.samples_per_prompt, i)
+            drawn = _respond(run, "ppo", reward, records, c.samples_per_prompt, i)
             every_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
             write_records(paths["ppo"], _rows(run, records, references, drawn, every_BN))
     write_json(folder / "bon" / "info.json", {"best_of": c.best_of, "pool": c.pool})
@@ -47,7 +45,9 @@ def sample(run: Run) -> None:
     run.finish("sample", {"prompts": {s: len(r) for s, r in run.task.splits.items()}} | cut)
 
 
-def _respond(run: Run, stage: str, scorer: Scorer, records: Sequence, samples: int, index: int) -> policies.Responses:
+def _respond(
+    run: Run, stage: str, reward: scoring.Reward, records: Sequence, samples: int, index: int
+) -> policies.Responses:
     split = list(run.task.splits)[index]
     return policies.respond(
         run,
@@ -56,25 +56,15 @@ def _respond(run: Run, stage: str, scorer: Scorer, records: Sequence, samples: i
         samples=samples,
         key=run.key(f"sample {stage}", index),
         generation=policies.generation(run),
-        scorer=scorer,
+        scored_by=scoring.scored_by(run, reward),
         title=f"{stage} on {split}",
     )
 
 
-def _references(run: Run, scorer: Scorer, records: Sequence) -> list[dict[str, float]]:
+def _references(run: Run, reward: scoring.Reward, records: Sequence) -> list[dict[str, float]]:
     """The judges' numbers for the reference responses, against which policies win or lose."""
-    scores: list[float] = []
-    for batch, valid in batches.eval_sft_batches(
-        records,
-        run.task.tokenizer,
-        batch_size=run.config.sampling.batch_size,
-        **run.lengths,
-    ):
-        batch = sharding.shard_batch(batch, run.mesh)
-        scored = policies.score(run.arch, run.base[0], scorer, jnp.asarray(batch.tokens_BT), jnp.asarray(batch.mask_BT))
-        scores += np.asarray(scored)[:valid].tolist()
     found = []
-    for record, value in zip(records, scores, strict=True):
+    for record, value in zip(records, scoring.of_responses(run, reward, records, "response").tolist(), strict=True):
         judged = {"reference_score": value} if record["response"] else {}
         if run.task.gold is not None:
             judged["reference_gold"] = run.task.gold(record["facts"], record["response"], True)

@@ -128,6 +128,9 @@ class Sft:
 class Reward:
     """The reward model: pairwise cross-entropy at the last real token, then normalised on SFT samples."""
 
+    # "" = trained here, from SFT; or the Hugging Face directory or hub id of one from elsewhere, with one label, which
+    # this stage then only tries and normalises. It reads the policy's ids where its tokenizer has the same, else texts.
+    init: str = ""
     batch_size: int = 32  # pairs
     samples_per_prompt: int = 4  # SFT samples that simulated annotators compare in pairs
     normalise_samples: int = 512  # SFT samples on which scores get mean 0 and standard deviation 1

@@ -93,7 +93,9 @@ class Run:
         return self.load("ppo", ActorCritic(top=self.base[1], value=self.head())).top
 
     def scorer(self) -> Scorer:
-        """The normalised reward model."""
+        """The reward model that was trained here, normalised."""
+        if init := self.config.reward.init:
+            raise UserError(f"config.reward.init={init!r}: the reward model comes from there, none was trained here")
         found = read_json(self.directory("reward") / "summary.json")
         scorer: Scorer = self.load("reward", Scorer(top=self.base[1], head=self.head()))
         mean, std = found["normalisation"]["mean"], found["normalisation"]["std"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +13,10 @@ from jaxrlhf import model, sampling, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.logs import progress
-from jaxrlhf.types import Frozen, Scorer, Top
+from jaxrlhf.types import Frozen, PromptBatch, Sample, Scorer, Top
+
+# Scores [B * N] of a batch of prompts' N responses each, as drawn.
+Score = Callable[[PromptBatch, Sample, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def respond(
     samples: int,
     key: jax.Array,
     generation: sampling.Generation,
-    scorer: Scorer | None = None,
+    scored_by: Score | None = None,
     title: str = "",
 ) -> Responses:
     """Samples every record's prompt `samples` times, and scores the responses where a reward model is given."""
@@ -70,16 +73,25 @@ def respond(
             run.arch, generation, frozen, top, batch.tokens_BP, batch.mask_BP, jax.random.fold_in(key, i), samples
         )
         rows = valid * samples
-        if scorer is not None:
-            token_MT = jnp.concatenate([jnp.repeat(batch.tokens_BP, samples, 0), drawn.tokens_BR], 1)
-            mask_MT = jnp.concatenate([jnp.repeat(batch.mask_BP, samples, 0), drawn.mask_BR], 1)
-            scores.append(np.asarray(score(run.arch, frozen, scorer, token_MT, mask_MT))[:rows].reshape(-1, samples))
+        if scored_by is not None:
+            scores.append(scored_by(batch, drawn, samples)[:rows].reshape(-1, samples))
         decoded = decode(run, drawn.tokens_BR, drawn.mask_BR)[:rows]
         texts += [decoded[j : j + samples] for j in range(0, rows, samples)]
         finished.append(np.asarray(drawn.finished_B)[:rows].reshape(-1, samples))
         bar.update(valid)
     bar.close()
     return Responses(texts, np.concatenate(finished), np.concatenate(scores) if scores else None)
+
+
+def on_trunk(run: Run, scorer: Scorer) -> Score:
+    """Scores by a reward model that shares the policy's trunk."""
+
+    def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
+        token_MT = jnp.concatenate([jnp.repeat(prompts.tokens_BP, samples, 0), drawn.tokens_BR], 1)
+        mask_MT = jnp.concatenate([jnp.repeat(prompts.mask_BP, samples, 0), drawn.mask_BR], 1)
+        return np.asarray(score(run.arch, run.base[0], scorer, token_MT, mask_MT))
+
+    return score_drawn
 
 
 def decode(run: Run, token_BR: jax.Array, mask_BR: jax.Array) -> list[str]:

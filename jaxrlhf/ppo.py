@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, optim, policies, sampling, sharding
+from jaxrlhf import loop, losses, model, optim, policies, sampling, scoring, sharding
 from jaxrlhf.config import Ppo
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError
 from jaxrlhf.reward import new_head
-from jaxrlhf.types import ActorCritic, Fixed, Frozen, PromptBatch, Rollout, Sample, ScalarHead, TrainState
+from jaxrlhf.types import ActorCritic, Fixed, Frozen, PromptBatch, Rollout, Sample, ScalarHead, Scorer, TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -56,8 +56,12 @@ def score(
     kl_coef: jax.Array,
     prompts: PromptBatch,
     drawn: Sample,
+    given_score_B: jax.Array | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """One pass of the trunk for all four roles, then token rewards and generalised advantages."""
+    """One pass of the trunk for all four roles, then token rewards and generalised advantages.
+
+    `given_score_B` holds the scores where the reward model comes from elsewhere, with a trunk of its own.
+    """
     R = drawn.tokens_BR.shape[1]
     token_BT = jnp.concatenate([prompts.tokens_BP, drawn.tokens_BR], 1)
     mask_BT = jnp.concatenate([prompts.mask_BP, drawn.mask_BR], 1)
@@ -75,7 +79,11 @@ def score(
     )
     logp_BR, entropy_BR, value_BR = read(policy)
     ref_logp_BR, _, _ = read(ActorCritic(top=fixed.ref, value=policy.value))
-    model_score_B = policies.read_out(arch, fixed.scorer, token_BT, hidden_BTD, mask_BT)
+    if fixed.scorer is None:
+        assert given_score_B is not None
+        model_score_B = given_score_B
+    else:
+        model_score_B = policies.read_out(arch, fixed.scorer, token_BT, hidden_BTD, mask_BT)
     score_B = losses.score_penalties(model_score_B, length_B, drawn.finished_B, c, R)
     kl_BR = losses.kl(logp_BR, ref_logp_BR, c.kl_estimator)
     reward_BR = losses.token_rewards(score_B, kl_BR, mask_BR, kl_coef)
@@ -182,7 +190,9 @@ def ppo(run: Run) -> None:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    fixed = Fixed(frozen=run.base[0], ref=run.policy("sft"), scorer=run.scorer())
+    reward = scoring.of_run(run)
+    elsewhere = None if isinstance(reward, Scorer) else scoring.scored_by(run, reward)
+    fixed = Fixed(frozen=run.base[0], ref=run.policy("sft"), scorer=reward if isinstance(reward, Scorer) else None)
     tx = optim.optimizer(c.optim, c.loop.steps * c.epochs * c.minibatches)
     start = jax.tree.map(jnp.copy, ActorCritic(top=fixed.ref, value=_value_head(run, fixed)))
     state = optim.new_state(tx, start, run.mesh, kl_coef=jnp.float32(c.kl_coef))
@@ -191,7 +201,8 @@ def ppo(run: Run) -> None:
         batch = cast(PromptBatch, sharding.shard_batch(prompts[i], run.mesh))
         draw_key, update_key = jax.random.split(run.key("ppo", i))
         drawn = sampling.sample(run.arch, gen, fixed.frozen, state.params.top, batch.tokens_BP, batch.mask_BP, draw_key)
-        rollout, seen = score(run.arch, c, fixed, state.params, state.kl_coef, batch, drawn)
+        given_B = None if elsewhere is None else jnp.asarray(elsewhere(batch, drawn, 1))
+        rollout, seen = score(run.arch, c, fixed, state.params, state.kl_coef, batch, drawn, given_B)
         state, learnt = update(run.arch, tx, c, state, fixed.frozen, rollout, update_key)
         logged = (i + 1) % c.loop.log_every == 0 or i + 1 == c.loop.steps
         return state, seen | learnt | (_gold(run, batch, drawn) if logged else {})
@@ -225,7 +236,7 @@ def _check(run: Run, c: Ppo) -> None:
 
 
 def _value_head(run: Run, fixed: Fixed) -> ScalarHead:
-    if run.config.ppo.value_init == "reward":
+    if fixed.scorer is not None and run.config.ppo.value_init == "reward":
         return fixed.scorer.head
     return new_head(run) if run.config.ppo.value_init == "normal" else run.head()
 

@@ -106,6 +106,11 @@ def _check(e: Experiment) -> None:
     _check_ranges(e)
     if e.reward.samples_per_prompt < 2:
         raise UserError(f"config.reward.samples_per_prompt={e.reward.samples_per_prompt}: a pair takes 2 or more")
+    if e.ppo.value_init == "reward" and e.reward.init:
+        raise UserError(
+            "config.ppo.value_init='reward': the head of config.reward.init reads another model's states; "
+            "take zero or normal"
+        )
     if e.evaluation.cut_words < 0:
         raise UserError(f"config.evaluation.cut_words={e.evaluation.cut_words}: must be 0 (automatic) or more")
     if not 0 <= e.model.freeze_layers <= 1:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, optim, policies, sharding
+from jaxrlhf import loop, losses, model, optim, policies, scoring, sharding, weights
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
@@ -44,6 +44,8 @@ def step(
 def reward(run: Run) -> None:
     """Trains the reward model on preferences, from SFT; reports its accuracy on every split; normalises it."""
     c = run.config.reward
+    if c.init:
+        return _adopt(run)
     sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh)
     pairs = preferences(run)
     if not pairs["train"]:
@@ -65,7 +67,7 @@ def reward(run: Run) -> None:
         meta=run.meta,
         step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
         evaluate=lambda state: {
-            f"accuracy_{s}": e["accuracy"]["mean"] for s, e in accuracy(run, state.params, pairs).items()
+            f"accuracy_{s}": e["mean"] for s, e in accuracy(run, state.params, pairs)["accuracy"].items()
         },
     )
     by_split = accuracy(run, state.params, pairs)
@@ -75,8 +77,27 @@ def reward(run: Run) -> None:
             "steps": c.loop.steps,
             "pairs": {s: len(p) for s, p in pairs.items()},
             "normalisation": normalisation(run, state.params),
-            **{k: {s: e[k] for s, e in by_split.items() if k in e} for k in ("accuracy", "gold_accuracy")},
+            **by_split,
             **batches.cut(pairs, run.task.tokenizer, **run.lengths, fields=("chosen", "rejected")),
+        },
+    )
+
+
+def _adopt(run: Run) -> None:
+    """Takes a reward model from elsewhere: tries it on the splits' preferences, and normalises it."""
+    init = run.config.reward.init
+    directory = weights.directory_of(init, "config.reward.init")
+    found = scoring.load(directory, run.mesh)
+    pairs = {s: p for s, p in preferences(run, train=False).items() if s != "train"}
+    run.finish(
+        "reward",
+        {
+            "init": init,
+            "sha256": scoring.sha256(directory),
+            "reads": "ids" if scoring.same_ids(run.task.tokenizer, found.tokenizer) else "texts",
+            "pairs": {s: len(p) for s, p in pairs.items()},
+            "normalisation": normalisation(run, found),
+            **accuracy(run, found, pairs),
         },
     )
 
@@ -87,7 +108,7 @@ def new_head(run: Run) -> ScalarHead:
     return sharding.place(ScalarHead(w_D=w_D, b=jnp.zeros((), jnp.float32)), run.mesh)
 
 
-def normalisation(run: Run, scorer: Scorer) -> dict[str, float]:
+def normalisation(run: Run, reward: scoring.Reward) -> dict[str, float]:
     """Mean and standard deviation of the scores of SFT samples, to which the reward model is then normalised."""
     c = run.config.reward
     prompts = min(-(-c.normalise_samples // c.samples_per_prompt), len(run.task.ppo_prompts))
@@ -99,7 +120,7 @@ def normalisation(run: Run, scorer: Scorer) -> dict[str, float]:
         samples=c.samples_per_prompt,
         key=run.key("normalise"),
         generation=policies.generation(run),
-        scorer=scorer,
+        scored_by=scoring.scored_by(run, reward),
         title="normalise",
     )
     assert drawn.scores_BN is not None
@@ -110,44 +131,38 @@ def normalisation(run: Run, scorer: Scorer) -> dict[str, float]:
     }
 
 
-def accuracy(run: Run, scorer: Scorer, pairs: Mapping[str, Sequence]) -> dict[str, dict[str, Any]]:
+def accuracy(run: Run, reward: scoring.Reward, pairs: Mapping[str, Sequence]) -> dict[str, dict[str, Any]]:
     """How often the chosen response scores higher, on every split but `train`; and the one that gold prefers."""
-    c = run.config
-    found = {}
-    for split, records in pairs.items():
-        if split == "train" or not records:
-            continue
-        margins = []
-        for batch, valid in batches.eval_pair_batches(
-            records,
-            run.task.tokenizer,
-            batch_size=c.reward.batch_size,
-            **run.lengths,
-        ):
-            batch = sharding.shard_batch(batch, run.mesh)
-            scores = policies.score(run.arch, run.base[0], scorer, batch.tokens_BT, batch.mask_BT)
-            chosen_B, rejected_B = np.split(np.asarray(scores), 2)
-            margins.append((chosen_B - rejected_B)[:valid])
-        margin_B = np.concatenate(margins)
-        found[split] = {"accuracy": wilson(int((margin_B > 0).sum()), len(margin_B))}
+    found: dict[str, dict[str, Any]] = {"accuracy": {}, "gold_accuracy": {}}
+    for split, records in ((s, r) for s, r in pairs.items() if s != "train" and r):
+        chosen_B, rejected_B = (scoring.of_responses(run, reward, records, side) for side in ("chosen", "rejected"))
+        margin_B = chosen_B - rejected_B
+        found["accuracy"][split] = wilson(int((margin_B > 0).sum()), len(margin_B))
         if run.task.gold is not None:
             gold_B = np.array([float(r["gold_chosen"]) - float(r["gold_rejected"]) for r in records])
             right_B = (margin_B * np.sign(gold_B))[gold_B != 0] > 0
-            found[split]["gold_accuracy"] = wilson(int(right_B.sum()), len(right_B))
+            found["gold_accuracy"][split] = wilson(int(right_B.sum()), len(right_B))
     return found
 
 
-def preferences(run: Run) -> Mapping[str, Sequence]:
-    """Preference pairs of each split: the task's own, or SFT samples that its annotators compare."""
+def preferences(run: Run, train: bool = True) -> Mapping[str, Sequence]:
+    """Preference pairs of each split: the task's own, or SFT samples that its annotators compare.
+
+    Without `train`, those samples are drawn for the evaluation splits alone.
+    """
     if run.task.preferences is not None:
         return run.task.preferences
     folder = run.directory("reward") / "preferences"
     sources = {"train": run.task.preference_prompts, **run.task.splits}
+    found = {}
     for i, (split, records) in enumerate(sources.items()):
         path = folder / f"{split}.jsonl"
+        if split == "train" and not train:
+            continue
         if not path.exists():
             write_records(path, _compare(run, split, records, i))
-    return {split: read_records(folder / f"{split}.jsonl") for split in sources}
+        found[split] = read_records(path)
+    return found
 
 
 def _compare(run: Run, split: str, records: Sequence, index: int) -> list[dict[str, str]]:

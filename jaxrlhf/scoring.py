@@ -1,19 +1,25 @@
-"""Scores by a reward model from elsewhere: on ids where its tokenizer is the policy's, else through text."""
+"""Scores by the experiment's own reward model, on the shared trunk, or by one from elsewhere.
+
+One from elsewhere reads ids where its tokenizer is the policy's, else texts.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import model, policies, weights
+from jaxrlhf import model, policies, sharding, weights
 from jaxrlhf.data import batches, tokens
-from jaxrlhf.files import UserError
+from jaxrlhf.experiment import Run
+from jaxrlhf.files import UserError, read_json
 from jaxrlhf.split import split
-from jaxrlhf.types import Frozen, Scorer
+from jaxrlhf.types import Frozen, PromptBatch, Sample, ScalarHead, Scorer
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,71 @@ class RewardModel:
     tokenizer: tokens.Tokenizer
 
 
-def load(directory: Path) -> RewardModel:
+Reward = Scorer | RewardModel
+
+
+def of_run(run: Run) -> Reward:
+    """The experiment's reward model, normalised: the one that it trained, or the one from elsewhere.
+
+    Raises:
+      UserError: stage `reward` is not finished, or another model stands now where `config.reward.init` points.
+    """
+    if not run.config.reward.init:
+        return run.scorer()
+    if not run.finished("reward"):
+        raise UserError(f"{run.workdir}: stage 'reward' is not finished; run `jaxrlhf reward` first")
+    found = read_json(run.directory("reward") / "summary.json")
+    directory = weights.directory_of(run.config.reward.init, "config.reward.init")
+    if sha256(directory) != found["sha256"]:
+        raise UserError(f"config.reward.init={run.config.reward.init!r}: not the model that stage 'reward' normalised")
+    reward = load(directory, run.mesh)
+    mean, std = found["normalisation"]["mean"], found["normalisation"]["std"]
+    head = ScalarHead(w_D=reward.scorer.head.w_D / std, b=(reward.scorer.head.b - mean) / std)
+    return replace(reward, scorer=Scorer(top=reward.scorer.top, head=head))
+
+
+def scored_by(run: Run, reward: Reward) -> policies.Score:
+    """How samples of this run's policies are scored."""
+    if isinstance(reward, Scorer):
+        return policies.on_trunk(run, reward)
+
+    def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
+        asked = [p for p in _rows(prompts.tokens_BP, prompts.mask_BP) for _ in range(samples)]
+        answered = _rows(drawn.tokens_BR, drawn.mask_BR)
+        return score_ids(reward, run.task.tokenizer, asked, answered, run.config.sampling.batch_size)
+
+    return score_drawn
+
+
+def of_responses(run: Run, reward: Reward, records: Sequence, field: str) -> np.ndarray:
+    """Scores [N] of the responses that records have in `field`, cut to fit as training cuts them."""
+    size = run.config.sampling.batch_size
+    examples = [r | {"response": r[field], "response_finished": r.get(f"{field}_finished", "1")} for r in records]
+    scores = [np.zeros(0, np.float32)]
+    for batch, valid in batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths):
+        if isinstance(reward, Scorer):
+            placed = sharding.shard_batch(batch, run.mesh)
+            found = policies.score(run.arch, run.base[0], reward, placed.tokens_BT, placed.mask_BT)
+        else:
+            responses = np.asarray(batch.weight_BT) > 0
+            asked, answered = (_rows(batch.tokens_BT, batch.mask_BT * w) for w in (~responses, responses))
+            found = score_ids(reward, run.task.tokenizer, asked, answered, size)
+        scores.append(np.asarray(found)[:valid])
+    return np.concatenate(scores)
+
+
+def sha256(directory: Path) -> str:
+    """Of a model directory's weights, config and tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted((*directory.glob("*.safetensors"), *directory.glob("*.json"))):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def load(directory: Path, mesh: jax.sharding.Mesh | None = None) -> RewardModel:
     """Reads what `jaxrlhf export --policy=reward` or transformers wrote; `UserError` if a part is missing or wrong."""
-    arch, params, head = weights.load_reward(directory, dtype=jnp.float32)
+    arch, params, head = weights.load_reward(directory, mesh, jnp.float32)
     tokenizer = tokens.pretrained(directory)
     if tokenizer.size > arch.vocab_size:
         raise UserError(f"{directory}: its tokenizer has {tokenizer.size} ids, its embeddings {arch.vocab_size} rows")
@@ -89,12 +157,18 @@ def same_ids(policy: tokens.Tokenizer, reward: tokens.Tokenizer) -> bool:
     return ends and all(theirs.get(token) == i for token, i in policy.engine.get_vocab().items())
 
 
+def _rows(token_BT: jax.Array, mask_BT: jax.Array) -> list[list[int]]:
+    """The ids that are no padding."""
+    kept = np.asarray(mask_BT) > 0
+    return [row[k].tolist() for row, k in zip(np.asarray(token_BT), kept, strict=True)]
+
+
 def _score(reward: RewardModel, rows: Sequence[Sequence[int]], batch_size: int) -> np.ndarray:
     longest = max(map(len, rows), default=1)
     if reward.arch.positions == "learned" and longest > reward.arch.max_positions:
         row = max(range(len(rows)), key=lambda i: len(rows[i]))
         raise UserError(f"text {row + 1} has {longest} tokens; the reward model reads {reward.arch.max_positions}")
-    width = -(-longest // batches.WIDTHS) * batches.WIDTHS
+    width = _bucket(longest)
     width = min(width, reward.arch.max_positions) if reward.arch.positions == "learned" else width
     scores = []
     for start in range(0, len(rows), batch_size):
@@ -104,3 +178,9 @@ def _score(reward: RewardModel, rows: Sequence[Sequence[int]], batch_size: int) 
         found_B = policies.score(reward.arch, reward.frozen, reward.scorer, token_BT, mask_BT)
         scores.append(np.asarray(found_B)[: len(some)])
     return np.concatenate(scores) if scores else np.zeros(0, np.float32)
+
+
+def _bucket(longest: int) -> int:
+    """A width for rows of so many tokens: four a doubling, so that few programs are compiled."""
+    step = max(batches.WIDTHS, 2 ** (longest.bit_length() - 3))
+    return -(-longest // step) * step

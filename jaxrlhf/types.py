@@ -81,11 +81,11 @@ class ActorCritic:
 
 @struct.dataclass
 class Fixed:
-    """What PPO holds still: the trunk of all four roles, the reference policy and the reward model."""
+    """What PPO holds still: the trunk that the roles share, the reference policy and the reward model."""
 
     frozen: Frozen
     ref: Top
-    scorer: Scorer
+    scorer: Scorer | None  # None where the reward model comes from elsewhere, with a trunk of its own
 
 
 @struct.dataclass

@@ -187,10 +187,3 @@ def test_evaluation_drops_nothing_and_counts_nothing_twice(batch_size, valid):
     assert [n for _, n in found] == valid
     assert [t for batch, n in found for t in first_prompts(batch)[:n]] == list(range(4, 11))
     assert sum(batch.weight_BT.sum() for batch, _ in found) == 7 * 2  # response and end-of-text of each, once
-
-    pairs = [r | {"chosen": " a", "rejected": " b", "chosen_finished": "1", "rejected_finished": "1"} for r in NUMBERED]
-    found = list(batches.eval_pair_batches(pairs, LETTERS, **sizes))
-    assert [n for _, n in found] == valid
-    for half in (0, batch_size):
-        rows = [t for batch, n in found for t in first_prompts(batch)[half : half + n]]
-        assert rows == list(range(4, 11))

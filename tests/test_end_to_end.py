@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf import config, model, ppo, scoring, weights
-from jaxrlhf.data import task
+from jaxrlhf.data import task, tokens, world
 from jaxrlhf.experiment import Run, base_params
 from jaxrlhf.main import main
 from jaxrlhf.sampling import Generation, sample
@@ -138,8 +138,8 @@ def a_run(workdir):
     return Run(c, workdir, task.Task(task.tokenizer(c, workdir)), "")
 
 
-def rows_of(workdir):
-    return [json.loads(r) for r in (workdir / "samples" / "ppo" / "id.jsonl").read_text().splitlines()]
+def rows_of(workdir, policy="ppo"):
+    return [json.loads(r) for r in (workdir / "samples" / policy / "id.jsonl").read_text().splitlines()]
 
 
 def test_exported_files_and_cards(workdir, exported):
@@ -229,3 +229,57 @@ def test_an_export_comes_in_as_the_base_of_another_run(exported, tmp_path, monke
     assert all(map(np.array_equal, jax.tree.leaves(base_params(run)), jax.tree.leaves(wanted)))
     shutil.rmtree(tmp_path / "base")
     assert run.task.tokenizer.encode("TITLE: my") == task.tokenizer(run.config, tmp_path).encode("TITLE: my")
+
+
+# ---- a reward model from elsewhere
+
+
+def renumbered(exported, folder):
+    """The exported reward model with its tokens in another order: what it says of a text is the same."""
+    ours = scoring.load(exported)
+    words = [w for w in world.VOCABULARY if w.isascii()]
+    theirs = tokens.word_tokenizer([*reversed(words), *(w for w in world.VOCABULARY if not w.isascii())])
+    arch, params, head = weights.load_reward(exported)
+    ids, rows = ours.tokenizer.engine.get_vocab(), np.arange(arch.vocab_size)
+    for token, i in theirs.engine.get_vocab().items():
+        rows[i] = ids[token]
+    params["embed"] = {k: v[rows] if v.shape[0] == arch.vocab_size else v for k, v in params["embed"].items()}
+    folder.mkdir()
+    tokens.save_files(theirs, folder, "right")
+    weights.export_reward(folder, arch, params, head, {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0})
+    return folder
+
+
+@pytest.mark.parametrize("reads", ["ids", "texts"])
+def test_ppo_against_a_reward_model_from_elsewhere(workdir, exported, tmp_path, monkeypatch, request, reads):
+    """It is the one that was trained here, exported: the scores are the same, whatever numbers its tokens have."""
+    monkeypatch.chdir(request.config.rootpath)
+    init = exported / "reward" if reads == "ids" else renumbered(exported / "reward", tmp_path / "renumbered")
+    for part in ("sft", "data"):
+        shutil.copytree(workdir / part, tmp_path / "run" / part)
+    argv = ["jaxrlhf", "run", RECIPE, f"--workdir={tmp_path / 'run'}", f"--config.reward.init={init}"]
+    assert main(argv) == 0
+    summary = json.loads((tmp_path / "run" / "reward" / "summary.json").read_text())
+    assert summary["reads"] == reads
+    assert abs(summary["normalisation"]["mean"]) < 1e-3
+    assert abs(summary["normalisation"]["std"] - 1) < 1e-3
+    for policy in ("sft", "ppo"):
+        for ours, theirs in zip(rows_of(workdir, policy), rows_of(tmp_path / "run", policy), strict=True):
+            assert ours["responses"] == theirs["responses"]
+            assert np.allclose(ours["scores"], theirs["scores"], atol=2e-3)
+            assert abs(ours["reference_score"] - theirs["reference_score"]) < 2e-3
+    runs = (workdir, tmp_path / "run")
+    metrics = [json.loads((w / "ppo" / "metrics.jsonl").read_text().splitlines()[-1]) for w in runs]
+    assert abs(metrics[0]["ppo/score"] - metrics[1]["ppo/score"]) < 2e-3
+
+
+def test_a_wrong_reward_model_is_found_before_anything_is_trained(exported, tmp_path, monkeypatch, request, capsys):
+    monkeypatch.chdir(request.config.rootpath)
+    argv = ["jaxrlhf", "run", RECIPE, f"--workdir={tmp_path}"]
+    assert main([*argv, f"--config.reward.init={exported / 'sft'}"]) == 2
+    assert "score.weight" in capsys.readouterr().err
+    assert main([*argv, f"--config.reward.init={tmp_path / 'nowhere'}"]) == 2
+    assert "config.reward.init" in capsys.readouterr().err
+    assert main([*argv, f"--config.reward.init={exported / 'reward'}", "--config.ppo.value_init=reward"]) == 2
+    assert "config.ppo.value_init" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

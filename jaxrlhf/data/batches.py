@@ -107,15 +107,6 @@ def pair_batches(
     return _stream(rows, batch_size, seed, lambda chosen: _pair_batch(chosen, width, tokenizer.pad_id))
 
 
-def eval_pair_batches(
-    pairs: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, prompt_length: int, response_length: int
-) -> Iterator[tuple[PairBatch, int]]:
-    """All pairs once, in order, with the number of valid pairs of each batch."""
-    rows = _pairs(pairs, tokenizer, prompt_length, response_length)
-    for chosen, valid in _in_order(rows, batch_size):
-        yield _pair_batch(chosen, prompt_length + response_length, tokenizer.pad_id), valid
-
-
 def prompt_batches(
     records: Sequence[Record], tokenizer: Tokenizer, *, batch_size: int, prompt_length: int, seed: int
 ) -> Batches[PromptBatch]:
