@@ -63,6 +63,9 @@ class Model:
     heads: int = 4
     kv_heads: int = 0  # 0 = as many as heads
     ff_width: int = 192
+    # float32 | bfloat16: of matrix products, activations and FROZEN. What is trained has f32 masters always, and norms,
+    # softmax, logits and losses are f32. On a CPU bfloat16 is slower.
+    dtype: str = "float32"
     prompt_length: int = 64  # tokens; longer prompts lose their left end, which is counted and reported
     response_length: int = 24  # tokens, the end-of-text token included
     freeze_layers: float = (

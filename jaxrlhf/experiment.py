@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -58,8 +58,10 @@ class Run:
 
     @cached_property
     def base(self) -> tuple[Frozen, Top]:
-        """FROZEN and TOP of the base model, on the mesh."""
+        """FROZEN, in `config.model.dtype`, and TOP, in f32, of the base model, on the mesh."""
         frozen, top = split(base_params(self), self.config.model.freeze_layers)
+        frozen = jax.tree.map(lambda x: x.astype(self.config.model.dtype), frozen)
+        top = jax.tree.map(lambda x: x.astype(jnp.float32), top)
         return sharding.place(frozen, self.mesh), sharding.place(top, self.mesh)
 
     @cached_property
@@ -142,13 +144,14 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
         head_width=c.width // c.heads,
         ff_width=c.ff_width,
         max_positions=c.prompt_length + c.response_length,
+        dtype=c.dtype,
         **model.FAMILIES[c.family],
     )
 
 
 def imported_architecture(config: Experiment, directory: Path, vocab_size: int) -> model.Architecture:
     """The decoder of a Hugging Face directory; `UserError` if the texts of this experiment do not fit it."""
-    arch = weights.architecture(read_json(directory / "config.json"))
+    arch = replace(weights.architecture(read_json(directory / "config.json")), dtype=config.model.dtype)
     if vocab_size > arch.vocab_size:
         raise UserError(
             f"config.model.init={config.model.init!r} has embeddings for {arch.vocab_size} tokens, its tokenizer "
@@ -166,7 +169,7 @@ def imported_architecture(config: Experiment, directory: Path, vocab_size: int) 
 def base_params(run: Run) -> Params:
     """The base model: imported, shipped with the package, or what `pretrain` left in this workdir."""
     if run.config.model.init:
-        return weights.load(run.imported, run.mesh, jnp.float32)[1]
+        return weights.load(run.imported, run.mesh)[1]
     name = run.config.pretrain.init
     if name == "scratch":
         like = sharding.place(model.init(run.arch, run.key("init")), run.mesh)
@@ -184,4 +187,4 @@ def base_params(run: Run) -> Params:
         raise UserError(
             f"config.model does not fit the base {name!r}; keep its sizes, or make one: --config.pretrain.init=scratch"
         )
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    return jax.tree.map(jnp.asarray, params)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxrlhf.types import Frozen, Params, Top
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Tree = TypeVar("Tree")
 MASKED = -1e30  # finite, so that a row with every key masked (left padding) stays finite
 
 
@@ -59,6 +60,7 @@ class Architecture:
     embed_scaled: bool = False  # embeddings times the root of the width
     embed_width: int = 0  # of tokens, projected in and out; 0 = the width, no projections
     tied: bool = True  # the output head is the embedding table
+    dtype: str = "float32"  # of matrix products and activations; norms, softmax, logits and losses are f32 always
 
     @property
     def token_width(self) -> int:
@@ -252,7 +254,7 @@ def run_blocks(
         window_L = jnp.asarray([w or everything for w in arch.windows], jnp.int32)[first : first + depth(blocks)]
 
     def body(h: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, Any]:
-        block, window = layer
+        block, window = cast(arch, layer[0]), layer[1]
         seen_BTS = mask_BTS if window is None else mask_BTS & (distance_BTS < window)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
@@ -263,22 +265,27 @@ def run_blocks(
     return jax.lax.scan(body, h_BTD, (blocks, window_L))
 
 
+def cast(arch: Architecture, tree: Tree) -> Tree:
+    """Parameters as matrix products take them: the f32 masters stay as they are, one layer is cast at a time."""
+    return jax.tree.map(lambda x: x.astype(arch.dtype), tree)
+
+
 def embed(arch: Architecture, table: Params, token_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
     """Token embeddings, plus learned positions where the family has them. [B, T, D]."""
-    h_BTD = table["tokens"][token_BT]
+    h_BTD = cast(arch, table["tokens"][token_BT])
     if arch.embed_scaled:
         h_BTD = h_BTD * jnp.asarray(arch.width**0.5, h_BTD.dtype)
     if arch.embed_width:
-        h_BTD = h_BTD @ table["project_in"]
+        h_BTD = h_BTD @ cast(arch, table["project_in"])
     if arch.positions == "learned":
-        h_BTD = h_BTD + table["positions"][position_BT + arch.position_offset]
+        h_BTD = h_BTD + cast(arch, table["positions"][position_BT + arch.position_offset])
     return h_BTD
 
 
 def trunk(arch: Architecture, frozen: Frozen, token_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """The frozen part, run once for all roles: [B, T, D], or [B, T, 0] where nothing is frozen."""
     if not frozen.embed:
-        return jnp.zeros((*token_BT.shape, 0), jnp.float32)
+        return jnp.zeros((*token_BT.shape, 0), arch.dtype)
     position_BT = positions(mask_BT)
     h_BTD = embed(arch, frozen.embed, token_BT, position_BT)
     return run_blocks(arch, frozen.blocks, h_BTD, position_BT, causal(mask_BT))[0]
@@ -305,8 +312,8 @@ def logits(arch: Architecture, frozen: Frozen, top: Top, final_BTD: jax.Array) -
     holder = frozen if (frozen.embed or frozen.lm_head) else top
     table_VD = holder.embed["tokens"] if arch.tied else holder.lm_head["kernel"]
     if arch.embed_width:
-        final_BTD = final_BTD @ holder.embed["project_out"]
-    logits_BTV = jnp.einsum("...d,vd->...v", final_BTD, table_VD, preferred_element_type=jnp.float32)
+        final_BTD = final_BTD @ cast(arch, holder.embed["project_out"])
+    logits_BTV = jnp.einsum("...d,vd->...v", final_BTD, cast(arch, table_VD), preferred_element_type=jnp.float32)
     return softcap(logits_BTV, arch.final_softcap)
 
 

@@ -115,6 +115,8 @@ def _check(e: Experiment) -> None:
         raise UserError(f"config.evaluation.cut_words={e.evaluation.cut_words}: must be 0 (automatic) or more")
     if not 0 <= e.model.freeze_layers <= 1:
         raise UserError(f"config.model.freeze_layers={e.model.freeze_layers}: a share from 0 to 1")
+    if e.model.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"config.model.dtype={e.model.dtype!r}: known are float32, bfloat16")
     if e.task not in ("world", "files"):
         raise UserError(f"config.task={e.task!r}: known are world, files")
     if reads_texts(e.evaluation.judge):

@@ -83,7 +83,9 @@ def sample(
     final_B1D, prefix = _prefill(arch, frozen, top, prompt_BP, mask_BP)
     logits_MV = jnp.repeat(model.logits(arch, frozen, top, final_B1D)[:, 0], samples, axis=0)
     parts = (frozen.blocks, top.blocks)
-    layers = [jax.tree.map(lambda x, i=i: x[i], part) for part in parts for i in range(model.depth(part))]
+    layers = [
+        model.cast(arch, jax.tree.map(lambda x, i=i: x[i], part)) for part in parts for i in range(model.depth(part))
+    ]
     length_M = jnp.repeat(mask_BP.sum(-1).astype(jnp.int32), samples)
     empty = jnp.zeros((M, arch.kv_heads, R, arch.head_width), prefix[0][0].dtype)
     state = _Decoding(
