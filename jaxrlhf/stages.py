@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from jaxrlhf import collect, ppo, reward, scoring, sft, weights
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
@@ -44,5 +46,6 @@ def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_fi
             if skip_finished and run.finished(stage):
                 say(f"{title}: complete")
                 continue
-            _TRAIN[stage](run)
+            with jax.set_mesh(run.mesh):
+                _TRAIN[stage](run)
             fresh = True
