@@ -13,7 +13,9 @@ def words(seed, count):
 
 def jaccard(a, b):
     """The definition, on texts of 8 words or more."""
-    one, other = ({tuple(w[i : i + 8]) for i in range(len(w) - 7)} for w in (re.findall(r"\w+", t.lower()) for t in (a, b)))
+    one, other = (
+        {tuple(w[i : i + 8]) for i in range(len(w) - 7)} for w in (re.findall(r"\w+", t.lower()) for t in (a, b))
+    )
     return len(one & other) / len(one | other)
 
 

@@ -64,7 +64,9 @@ def test_held_out_records_depend_on_what_they_are_about_alone():
     found = splits.held_out(keys, 0.05, 0, ["test", "validation"])
     sides = {keys[i]: name for name, places in found.items() for i in places}
     assert sorted(i for places in found.values() for i in places) == list(range(4000))
-    assert all({keys[i] for i in places} == {k for k, n in sides.items() if n == name} for name, places in found.items())
+    assert all(
+        {keys[i] for i in places} == {k for k, n in sides.items() if n == name} for name, places in found.items()
+    )
     assert all(60 < len(found[name]) / 2 < 140 for name in ("test", "validation"))
     again = splits.held_out(keys[::-1][:500], 0.05, 0, ["validation"])  # another set, and no test split of its own
     assert {keys[::-1][i] for i in again["validation"]} == {k for k in keys[::-1][:500] if sides[k] == "validation"}

@@ -21,6 +21,7 @@ from jaxrlhf.data.sources import Malformed
 from jaxrlhf.files import UserError, read_json, write_json, write_records
 
 Raw = Mapping[str, Any]
+ANY = "any"  # the split of files whose records say their split
 Row = dict[str, str]
 
 
@@ -156,7 +157,7 @@ DATASETS: dict[str, Dataset] = {
     "tldr_comparisons": Dataset(
         "openai/summarize_from_feedback",
         r"^comparisons/.*parquet$",
-        {"": ""},
+        {ANY: ""},
         (*_POST, "article"),
         True,
         "tldr",
@@ -250,7 +251,7 @@ def prepare(
       UserError: its files are missing or unreadable, or more records are malformed.
     """
     key = f"config.datasets.{name}"
-    names = {s: p for s, p in dataset.names.items() if not s or s in splits}
+    names = {s: p for s, p in dataset.names.items() if s == ANY or s in splits}
     hub_id, revision = c.hub or dataset.hub, c.revision or dataset.revision
     if not (c.path or hub_id):
         raise UserError(f"{key}.path is empty: it names the file or folder of your records")

@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -185,25 +186,37 @@ def _plan(c: Datasets, seed: int, found: Mapping[str, Prepared], folder: Path) -
         picked = splits.subset(len(places), c.subset, seed, c.subset_with_replacement) if places else []
         chosen[name] = uses[name].at(places[i] for i in picked)
     chosen["validation"] = uses["validation"].at(i for i, r in enumerate(rows["validation"]) if inside(r))
-    for prefix, at_most in (("test", c.evaluation_prompts), ("pairs_test", c.evaluation_pairs)):
-        parts = {"id": [i for i, r in enumerate(rows[prefix]) if inside(r)]}
-        if c.split != "full":
-            parts[f"ood_{c.split}"] = sorted(set(range(len(rows[prefix]))) - set(parts["id"]))
-        if c.full_test and prefix == "test":
-            parts["full"] = list(range(len(rows[prefix])))
-        for part, places in parts.items():
-            chosen[f"{prefix}_{part}"] = uses[prefix].at(_few(rows[prefix], places, at_most, seed))
-    for name in uses.keys() - {*TRAINING, "validation", "test", "pairs_test"}:
-        at_most = c.evaluation_pairs if name.startswith("pairs") else c.evaluation_prompts
-        chosen[name] = uses[name].at(_few(rows[name], range(len(rows[name])), at_most, seed))
-    for name, use in chosen.items():
-        if not use.index:
-            raise UserError(
-                f"{KEY}: the part {name!r} (of {use.dataset}, {use.split}) has no record; see split, subset"
-            )
+    chosen |= _evaluation(c, seed, uses, rows, inside)
+    for name, use in list(chosen.items()):
+        if not use.index and name.startswith(("pairs_test", "pairs_far")):
+            del chosen[name]  # accuracy is not measured there
+        elif not use.index:
+            raise UserError(f"{KEY}: the part {name!r} (of {use.dataset}, {use.split}) has no record")
     references = [r for name in ("test", *(n for n in uses if n.startswith("far_"))) for r in rows[name]]
     notes["test_records_without_reference"] = sum(not _answer(r).strip() for r in references)
     return chosen, dict(notes)
+
+
+def _evaluation(
+    c: Datasets, seed: int, uses: Mapping[str, Use], rows: Mapping[str, list[Row]], inside: Callable[[Row], bool]
+) -> dict[str, Use]:
+    """The parts of each test set, limited."""
+    places: dict[str, list[int]] = {}
+    for name in ("test", "pairs_test"):
+        sides = [inside(r) for r in rows[name]]
+        places[f"{name}_id"] = [i for i, side in enumerate(sides) if side]
+        if c.split != "full":
+            places[f"{name}_ood_{c.split}"] = [i for i, side in enumerate(sides) if not side]
+    if c.full_test:
+        places["test_full"] = list(range(len(rows["test"])))
+    places |= {name: list(range(len(rows[name]))) for name in uses if "far_" in name}
+    chosen = {}
+    for name, among in places.items():
+        of = name if name in uses else re.sub("_(id|full|ood_.*)$", "", name)
+        at_most = c.evaluation_pairs if name.startswith("pairs") else c.evaluation_prompts
+        picked = splits.limited([rows[of][i]["id"] for i in among], at_most, seed)
+        chosen[name] = uses[of].at(among[i] for i in picked)
+    return chosen
 
 
 def _uses(c: Datasets, seed: int, found: Mapping[str, Prepared]) -> dict[str, Use]:
@@ -294,11 +307,6 @@ def _answer(r: Row) -> str:
 
 def _asked(r: Row) -> list[str]:
     return [v for k, v in sorted(r.items()) if k not in ("id", "response", "chosen", "rejected")]
-
-
-def _few(rows: list[Row], places: Collection[int], at_most: int, seed: int) -> list[int]:
-    among = list(places)
-    return [among[i] for i in splits.limited([rows[i]["id"] for i in among], at_most, seed)]
 
 
 def _views(
