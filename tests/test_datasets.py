@@ -4,6 +4,12 @@ import csv
 import gzip
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -259,3 +265,90 @@ def test_real_files(tmp_path):
     seeds = read("sequential_instructions", REAL / "instructions/seed_tasks_sequential.jsonl", tmp_path, at_most=0)
     answers = read("alpaca_eval", REAL / "alpaca_eval/outputs/text_davinci_003.json", tmp_path, at_most=0)
     assert (len(seeds["test"]), len(answers["test"])) == (42, 805)
+
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "3.0.0/test-00000-of-00001.parquet": None,
+    "3.0.0/train-00000-of-00001.parquet": b"must not be asked for",
+    "1.0.0/test-00000-of-00001.parquet": b"must not be asked for",
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as serves one dataset at one commit."""
+
+    def do_GET(self):
+        name = self.path.partition(f"/resolve/{SHA}/")[2]
+        if "/tree/" in self.path:
+            self.give(
+                json.dumps([{"type": "file", "path": n, "size": len(b or b""), "oid": n} for n, b in FILES.items()])
+            )
+        elif "/api/datasets/" in self.path:
+            self.give(json.dumps({"id": "a/b", "sha": SHA, "siblings": [{"rfilename": n} for n in FILES]}))
+        elif name == "3.0.0/test-00000-of-00001.parquet":
+            self.give(FILES[name])
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def give(self, body):
+        body = body.encode() if isinstance(body, str) else body
+        self.send_response(200)
+        for key, value in (("ETag", '"e"'), ("X-Repo-Commit", SHA), ("Content-Length", str(len(body)))):
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hub_is_asked_once_for_what_is_needed_and_its_commit_is_kept(tmp_path):
+    row = {"id": "h1", "article": "It rained.", "highlights": "rain"}
+    pa.parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "test.parquet")
+    FILES["3.0.0/test-00000-of-00001.parquet"] = (tmp_path / "test.parquet").read_bytes()
+    code = """
+        import sys
+        from pathlib import Path
+        from jaxrlhf.config_data import Source
+        from jaxrlhf.data import datasets
+        from jaxrlhf.files import UserError
+        row = datasets.DATASETS["cnn_dailymail"]
+        for folder in sys.argv[1:]:
+            try:
+                made = datasets.prepare("cnn_dailymail", row, Source(), {"test"}, Path(folder), 0, print)
+                print(list(made.splits["test"]))
+            except UserError as error:
+                print(error)
+    """
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+
+    def run(cache, *folders):
+        command = [sys.executable, "-c", textwrap.dedent(code), *(str(tmp_path / f) for f in folders)]
+        done = subprocess.run(command, env=env | {"HF_HOME": str(tmp_path / cache)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    try:
+        first = run("cache", "made")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert first == [str([{"article": "It rained.", "id": "h1", "response": "rain"}])]
+    about = read_json(next((tmp_path / "made").rglob("source.json")))
+    digest = hashlib.sha256(FILES["3.0.0/test-00000-of-00001.parquet"]).hexdigest()
+    assert about["revision"] == SHA
+    assert about["files"] == {"test": {"3.0.0/test-00000-of-00001.parquet": digest}}
+    again, other = run("empty cache", "made", "elsewhere")  # the server is gone
+    assert again == first[0]
+    assert other.startswith(
+        "config.datasets.cnn_dailymail: the hub's dataset 'abisee/cnn_dailymail' at 'main' is not to"
+    )
+    assert other.endswith("set config.datasets.cnn_dailymail.path to a copy")

@@ -30,8 +30,8 @@ class Dataset:
     """One dataset. Where `parse` gives a split, that counts, and not the one that the file's name says."""
 
     hub: str  # dataset id; "" = only local files
-    wanted: str  # regular expression of its files on the hub
-    names: Mapping[str, str]  # regular expression of the file names of each split
+    folders: tuple[str, ...]  # what the paths of its files on the hub begin with
+    names: Mapping[str, str]  # what the file names of each split have in them
     fields: tuple[str, ...]  # of a prompt; () = those of the run's prompt format
     pairs: bool
     prompt: str  # its prompt format
@@ -148,15 +148,15 @@ def _transcripts(r: Raw) -> tuple[str, Row]:
     return "", {"id": identity(row["prompt"])} | row
 
 
-_SPLITS = {"train": "train", "validation": r"val", "test": "test"}
+_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 _POST = ("subreddit", "title", "post")
 _ASK = ("instruction", "input")
 DATASETS: dict[str, Dataset] = {
     # The filtered posts of Stiennon et al. 2020: 116 722, 6 447 and 6 553 (PROTOCOL D28).
-    "tldr": Dataset("vwxyzjn/summarize_from_feedback_tldr_3_filtered", "", _SPLITS, _POST, False, "tldr", _tldr),
+    "tldr": Dataset("vwxyzjn/summarize_from_feedback_tldr_3_filtered", ("",), _SPLITS, _POST, False, "tldr", _tldr),
     "tldr_comparisons": Dataset(
         "openai/summarize_from_feedback",
-        r"^comparisons/.*parquet$",
+        ("comparisons/train/", "comparisons/validation/"),
         {ANY: ""},
         (*_POST, "article"),
         True,
@@ -164,31 +164,31 @@ DATASETS: dict[str, Dataset] = {
         _comparison,
         "refs/convert/parquet",
     ),
-    "cnn_dailymail": Dataset("abisee/cnn_dailymail", r"^3\.0\.0/", _SPLITS, ("article",), False, "cnndm", _article),
+    "cnn_dailymail": Dataset("abisee/cnn_dailymail", ("3.0.0/",), _SPLITS, ("article",), False, "cnndm", _article),
     "alpaca_farm": Dataset(
         "tatsu-lab/alpaca_farm",
-        r"^alpaca_instructions/",
-        {"train": r"sft", "prompts": "unlabeled", "validation": r"\bval"},
+        ("alpaca_instructions/",),
+        {"train": "sft", "prompts": "unlabeled", "validation": "val"},
         _ASK,
         False,
         "alpaca",
         _instruction,
     ),
     "alpaca_farm_preferences": Dataset(
-        "tatsu-lab/alpaca_farm", "", {"train": "human_preference"}, _ASK, True, "alpaca", _preference
+        "tatsu-lab/alpaca_farm", ("",), {"train": "human_preference"}, _ASK, True, "alpaca", _preference
     ),
     "alpaca_farm_id_test": Dataset(
-        "UCL-DARK/alpaca-farm-id-test", "", {"test": ""}, _ASK, False, "alpaca", _instruction
+        "UCL-DARK/alpaca-farm-id-test", ("",), {"test": ""}, _ASK, False, "alpaca", _instruction
     ),
     "alpaca_eval": Dataset(
-        "tatsu-lab/alpaca_eval", r"^alpaca_eval\.json$", {"test": ""}, _ASK, False, "alpaca", _instruction
+        "tatsu-lab/alpaca_eval", ("alpaca_eval.json",), {"test": ""}, _ASK, False, "alpaca", _instruction
     ),
     "sequential_instructions": Dataset(
-        "UCL-DARK/sequential-instructions", "", {"test": ""}, _ASK, False, "alpaca", _sequential
+        "UCL-DARK/sequential-instructions", ("",), {"test": ""}, _ASK, False, "alpaca", _sequential
     ),
     "hh": Dataset(
         "Anthropic/hh-rlhf",
-        r"^(helpful|harmless)-",
+        ("helpful-", "harmless-"),
         {"train": "train", "test": "test"},
         ("prompt",),
         True,
@@ -212,7 +212,7 @@ def own(name: str, fields: Iterable[str], spec: str) -> Dataset:
 
     names = {"test": ""} if test else _SPLITS
     known = tuple(dict.fromkeys((*wanted, "subreddit", *(("input",) if "instruction" in wanted else ()))))
-    return Dataset("", "", names, known, pairs, spec, parse)
+    return Dataset("", (), names, known, pairs, spec, parse)
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def prepare(
     mark = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     folder = data_dir / name / mark[:16]
     if not (folder / "source.json").exists():
-        found = found or sources.hub(key, hub_id, revision, dataset.wanted, names)
+        found = found or sources.hub(key, hub_id, revision, dataset.folders, names)
         rows, malformed = _read(dataset, c, found)
         _check(malformed, sum(map(len, rows.values())) + len(malformed), at_most, log)
         _open(dataset, folder, mark, {s: (lambda r=r: r) for s, r in rows.items()})

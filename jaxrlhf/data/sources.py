@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +46,8 @@ def local(key: str, c: Source, names: Mapping[str, str]) -> Files:
     Args:
       key: of the config, for errors.
       c: with a path.
-      names: regular expression of the file names of each split; the first that fits decides. A single file whose name
-        fits none belongs to the first split.
+      names: what the file names of each split have in them; the first that fits decides. A single file whose name fits
+        none belongs to the first split.
 
     Raises:
       UserError: nothing is there, or no name says a split.
@@ -59,12 +58,7 @@ def local(key: str, c: Source, names: Mapping[str, str]) -> Files:
         return Files({_split_of(path.name, names) or next(iter(names)): {path.name: path}})
     if not path.is_dir():
         raise UserError(f"{key}.path={c.path!r}: no such file or folder")
-    found: dict[str, dict[str, Path]] = {}
-    for file in sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()):
-        name = file.relative_to(path).as_posix()
-        if split := _split_of(name, names):
-            found.setdefault(split, {})[name] = file
-    if not found:
+    if not (found := _search(path, names)):
         raise UserError(
             f"{key}.path={c.path!r}: no file there is named for a split; expected {' or '.join(names.values())} in the "
             f"name, and one of {', '.join(SUFFIXES)} at its end"
@@ -72,36 +66,42 @@ def local(key: str, c: Source, names: Mapping[str, str]) -> Files:
     return Files(found)
 
 
-def hub(key: str, identity: str, revision: str, wanted: str, names: Mapping[str, str]) -> Files:
+def hub(key: str, identity: str, revision: str, folders: tuple[str, ...], names: Mapping[str, str]) -> Files:
     """Fetches the files of a hub dataset at one commit, or takes them from the hub client's cache.
 
     Args:
       key: of the config, for errors.
       identity: the dataset's id.
-      revision: a commit, or a branch whose newest commit is taken.
-      wanted: regular expression of the paths that belong to the dataset.
+      revision: a commit, or a branch whose newest commit is taken; "" = the main branch.
+      folders: what the paths of its files begin with.
       names: of each split that is needed, as for `local`.
 
     Raises:
       UserError: it is not to be had, or has no such file.
     """
-    from huggingface_hub import HfApi, hf_hub_download  # not needed for local files
+    from huggingface_hub import snapshot_download  # not needed for local files
 
     where = f"{key}: the hub's dataset {identity!r} at {revision or 'main'!r}"
+    patterns = [f"{folder}*{word}*" for folder in folders for word in names.values()]
     try:
-        info = HfApi().dataset_info(identity, revision=revision or None)
-        paths = [s.rfilename for s in info.siblings or () if re.search(wanted, s.rfilename)]
-        found: dict[str, dict[str, Path]] = {}
-        for name in sorted(p for p in paths if p.endswith(SUFFIXES)):
-            if split := _split_of(name, names):
-                got = hf_hub_download(identity, name, repo_type="dataset", revision=info.sha)
-                found.setdefault(split, {})[name] = Path(got)
+        # The hub's converter puts its own databases beside the Parquet files.
+        wanted = {"allow_patterns": patterns, "ignore_patterns": ["*.duckdb"]}
+        root = Path(snapshot_download(identity, repo_type="dataset", revision=revision or None, **wanted))
     except (OSError, ValueError) as error:  # all that the hub's client raises for want of a name, a right, a network
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where} is not to be had ({reason}); set {key}.path to a copy") from None
-    if not found:
+    if not (found := _search(root, names, folders)):
         raise UserError(f"{where} has no file for {', '.join(names)}; set {key}.path to a copy")
-    return Files(found, str(info.sha))
+    return Files(found, root.name)  # the client keeps each commit in a folder of its name
+
+
+def _search(root: Path, names: Mapping[str, str], folders: tuple[str, ...] = ("",)) -> dict[str, dict[str, Path]]:
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(p for p in root.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(folders) and (split := _split_of(name, names)):
+            found.setdefault(split, {})[name] = path
+    return found
 
 
 def raw(path: Path) -> Iterator[tuple[str, Any]]:
@@ -178,7 +178,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _split_of(name: str, names: Mapping[str, str]) -> str:
-    return next((split for split, pattern in names.items() if re.search(pattern, name)), "")
+    return next((split for split, word in names.items() if word in name), "")
 
 
 def _check_suffix(key: str, path: Path) -> None:
