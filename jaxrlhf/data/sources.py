@@ -84,12 +84,17 @@ def hub(key: str, identity: str, revision: str, folders: tuple[str, ...], names:
     where = f"{key}: the hub's dataset {identity!r} at {revision or 'main'!r}"
     patterns = [f"{folder}*{word}*" for folder in folders for word in names.values()]
     try:
-        # The hub's converter puts its own databases beside the Parquet files.
-        wanted = {"allow_patterns": patterns, "ignore_patterns": ["*.duckdb"]}
-        root = Path(snapshot_download(identity, repo_type="dataset", revision=revision or None, **wanted))
+        found_at = snapshot_download(
+            identity,
+            repo_type="dataset",
+            revision=revision or None,
+            allow_patterns=patterns,
+            ignore_patterns=["*.duckdb"],  # databases that the hub's converter puts beside the Parquet files
+        )
     except (OSError, ValueError) as error:  # all that the hub's client raises for want of a name, a right, a network
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where} is not to be had ({reason}); set {key}.path to a copy") from None
+    root = Path(found_at)
     if not (found := _search(root, names, folders)):
         raise UserError(f"{where} has no file for {', '.join(names)}; set {key}.path to a copy")
     return Files(found, root.name)  # the client keeps each commit in a folder of its name
