@@ -19,6 +19,7 @@ setup(
         "array_record",
         "flax>=0.12",
         "grain>=0.2.18",
+        "huggingface_hub",
         # tensorflow-datasets imports it without declaring it for this Python.
         "importlib_resources",
         "jax>=0.10",
@@ -28,6 +29,7 @@ setup(
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "pyarrow",
         "requests",
         "safetensors",
         "scipy",

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from jaxrlhf.config_data import Datasets
 from jaxrlhf.evaluation.judge import Judge
 from jaxrlhf.files import UserError, read_json
 
@@ -224,9 +225,10 @@ class Experiment:
 
     name: str = "experiment"
     seed: int = 0
-    task: str = "world"  # world | files
+    task: str = "world"  # world | files | datasets
     world: World = field(default_factory=World)
     files: Files = field(default_factory=Files)
+    datasets: Datasets = field(default_factory=Datasets)
     model: Model = field(default_factory=Model)
     mesh: Mesh = field(default_factory=Mesh)
     pretrain: Pretrain = field(default_factory=Pretrain)

@@ -21,7 +21,11 @@ STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "pp
 PARTS = ("win_rate_by_length",)
 CUTS = ("truncated", "overlong", "join_mismatch")  # of prompts, responses, and both
 SHOWN_PROMPTS, SHOWN_RESPONSES, SHOWN_LETTERS = 3, 2, 20_000
-TASKS = {"world": "the embedded world: generated forum posts to summarise", "files": "texts from files"}
+TASKS = {
+    "world": "the embedded world: generated forum posts to summarise",
+    "files": "texts from files",
+    "datasets": "public or own datasets",
+}
 JUDGES = {
     "gold": "the gold judge, which knows the truth",
     "reward": "the reward model trained here; PPO was trained against it, so its verdicts flatter PPO",
