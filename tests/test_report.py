@@ -235,6 +235,7 @@ def hostile(tmp_path_factory):
     path = tmp_path_factory.mktemp("hostile")
     results = outputs_results(names=(EVIL, HIDDEN, "../../etc", "sft", "長い" * 40), splits=("all", EVIL, HIDDEN))
     results["task"] = results["config"]["name"] = results["judge"] = EVIL
+    del results["config"]["outputs"]
     for m in results["policies"]["sft"].values():
         m["diversity"]["across_input"][EVIL] = around(0.5, 0.1)
     row = {"id": EVIL, "prompt": EVIL, "reference": HIDDEN, "responses": [EVIL, f"{'long ' * 8000}{EVIL}"]}
@@ -336,6 +337,13 @@ def test_a_reward_model_as_judge_is_warned_of(tmp_path, undrawn):
 def test_without_results_the_user_is_told_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"results\.json.*jaxrlhf evaluate"):
         report.write_report(tmp_path)
+
+
+def test_results_without_splits_are_refused(tmp_path):
+    write_json(tmp_path / "results.json", {"policies": {"sft": {}, "ppo": {}}})
+    with pytest.raises(UserError, match=r"results\.json: its policies have no splits"):
+        report.write_report(tmp_path)
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(
