@@ -94,7 +94,7 @@ def test_scores_of_other_reward_models_and_other_numbers_of_answers_are_not_subt
     said = " ".join(found["remarks"])
     assert "b and a: their scores come from different reward models" in said
     assert "b and a: 3 and 2 responses a prompt" in said
-    assert "no paired difference for per-input EAD, reward-model score; their intervals are unpaired" in said
+    assert "no paired difference for per-input EAD, reward-model score of ppo; their intervals are unpaired" in said
 
 
 def test_without_samples_nothing_is_paired(tmp_path):

@@ -165,14 +165,16 @@ def _kept(m: Measured, dropped: Sequence[measures.Place]) -> Measured:
 
 def _unpaired(runs: Runs, a: str, b: str, found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What both runs measured of a policy and no difference is paired for."""
+    policies: dict[str, list[str]] = {}
     for policy in (p for p in runs[a]["policies"] if p in runs[b]["policies"]):
         mine, other = (
             {p for m in runs[n]["policies"][policy].values() for p, _ in findings.walk(m) if _main(p)} for n in (a, b)
         )
         paired = {p for d in found if d["a"] == f"{a}/{policy}" for p, _ in findings.walk(d)}
         if lacking := sorted(mine & other - paired):
-            names = ", ".join(map(label, lacking))
-            yield f"{a}/{policy} beside {b}/{policy}: no paired difference for {names}; their intervals are unpaired."
+            policies.setdefault(", ".join(map(label, lacking)), []).append(policy)
+    for names, of in policies.items():
+        yield f"{a} and {b}: no paired difference for {names} of {', '.join(of)}; their intervals are unpaired."
 
 
 def _main(place: measures.Place) -> bool:

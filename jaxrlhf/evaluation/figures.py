@@ -211,10 +211,10 @@ def shares(series: Series, splits: Mapping[str, str], x_label: str, half: str) -
 
 
 @_styled
-def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], x_label: str, y_label: str) -> bytes:
+def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], title: str, x_label: str, y_label: str) -> bytes:
     """A measure over a number that runs were made with: a line for each policy, a point for each run."""
     shown = looks({policy: policy for policy in lines})
-    figure = Figure((4.3, 3.0))
+    figure = Figure((4.3, 3.2))
     ax = figure.subplots()
     for policy, points in lines.items():
         look, es = shown[policy], [e for _, e in points]
@@ -223,7 +223,8 @@ def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], x_label: str, y
     xs = [x for points in lines.values() for x, _ in points]
     if min(xs) > 0 and max(xs) >= 8 * min(xs):
         ax.set_xscale("log")
-    ax.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 40))
+    ax.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 34))
+    ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
     _legend(figure, list(shown.values()), 46)
     return _png(figure)
 

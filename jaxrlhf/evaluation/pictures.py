@@ -70,5 +70,5 @@ def _sweeps(found: Found, places: Sequence[Place]) -> Iterator[tuple[str, bytes]
             for place in places:
                 lines = findings.swept(found, axis, place, split)
                 if lines:
-                    y_label = f"{figures.label(place)}, {found.splits[split]}"
-                    yield f"sweep_{axis}_{i}_{place[0]}", figures.sweep(lines, x_label, y_label)
+                    png = figures.sweep(lines, found.splits[split], x_label, figures.label(place))
+                    yield f"sweep_{axis}_{i}_{place[0]}", png
