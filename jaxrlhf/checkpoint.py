@@ -39,8 +39,8 @@ def restore(manager: ocp.CheckpointManager, like: TrainState, meta: Mapping[str,
     items = manager.restore(
         step,
         args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(_abstract(like.params)),  # pyright: ignore[reportCallIssue]
-            rest=ocp.args.StandardRestore(_abstract(_rest(like))),  # pyright: ignore[reportCallIssue]
+            params=ocp.args.StandardRestore(abstract(like.params)),  # pyright: ignore[reportCallIssue]
+            rest=ocp.args.StandardRestore(abstract(_rest(like))),  # pyright: ignore[reportCallIssue]
         ),
     )
     rest = items["rest"]
@@ -56,7 +56,7 @@ def load_params(directory: Path, like: Any, meta: Mapping[str, str]) -> Any:
         if step is None:
             raise UserError(f"{directory}: no checkpoint; run the stage {directory.parent.name!r} first")
         check_meta(directory, manager.restore(step, args=ocp.args.Composite(meta=_JSON))["meta"], meta)
-        target = ocp.args.StandardRestore(_abstract(like))  # pyright: ignore[reportCallIssue]
+        target = ocp.args.StandardRestore(abstract(like))  # pyright: ignore[reportCallIssue]
         return manager.restore(step, args=ocp.args.Composite(params=target))["params"]
 
 
@@ -78,5 +78,6 @@ def _rest(state: TrainState) -> dict[str, Any]:
     return rest if state.kl_coef is None else rest | {"kl_coef": state.kl_coef}
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Shapes, types and places of a tree's arrays, without their values."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -16,7 +16,7 @@ from jaxrlhf import checkpoint, model, sharding, weights
 from jaxrlhf.config import Experiment
 from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
-from jaxrlhf.split import split, tree_hash
+from jaxrlhf.split import take_apart, tree_hash
 from jaxrlhf.types import ActorCritic, Frozen, Params, ScalarHead, Scorer, Top
 
 ASSETS = Path(__file__).parent / "assets"
@@ -59,7 +59,7 @@ class Run:
     @cached_property
     def base(self) -> tuple[Frozen, Top]:
         """FROZEN and TOP of the base model, on the mesh."""
-        frozen, top = split(base_params(self), self.config.model.freeze_layers)
+        frozen, top = take_apart(base_params(self), self.config.model.freeze_layers)
         return sharding.place(frozen, self.mesh), sharding.place(top, self.mesh)
 
     @cached_property
@@ -146,7 +146,7 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
 
 def imported_architecture(config: Experiment, directory: Path, vocab_size: int) -> model.Architecture:
     """The decoder of a Hugging Face directory; `UserError` if the texts of this experiment do not fit it."""
-    arch = weights.architecture(read_json(directory / "config.json"))
+    arch = weights.architecture(directory)
     if vocab_size > arch.vocab_size:
         raise UserError(
             f"config.model.init={config.model.init!r} has embeddings for {arch.vocab_size} tokens, its tokenizer "

@@ -8,11 +8,11 @@ ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxrlhf import model
-from jaxrlhf.files import UserError
+from jaxrlhf.files import UserError, listed
 
 _LLAMA = {
     "embed/tokens": "embed_tokens",
@@ -262,12 +262,6 @@ def tensor_name(family: str, leaf: str, prefix: str) -> str:
     module, _, kind = leaf.rpartition("/")
     name, _, part = MODULES[family][module].partition("#")
     return f"{prefix}{name}.{'bias' if kind == 'bias' else 'weight'}" + (f"#{part}" if part else "")
-
-
-def listed(items: Iterable[Any]) -> str:
-    """The first few of several things, and how many more there are."""
-    items = [str(x) for x in items]
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
 def _filled(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
