@@ -3,9 +3,9 @@
     JAX_PLATFORMS=cpu python launch/measure_import.py [FOLDER [LAYERS]]
 
 Needs 4.4 GB of disk in FOLDER (a temporary one where none is given; removed after) and 6 GB of memory; takes about a
-minute. With fewer LAYERS than 22 it is smaller: 306 million parameters with 4. Prints the parameters' bytes, the highest
-resident memory of the process that reads them (which starts anew, and
-on one CPU device holds the parameters too), and their ratio.
+minute. With fewer LAYERS than 22 it is smaller: 306 million parameters with 4. Prints the parameters' bytes, the
+highest resident memory of the process that reads them (which starts anew, and on one CPU device holds the parameters
+too), and their ratio.
 """
 
 import json
