@@ -40,13 +40,9 @@ def directory_of(name: str, key: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
     except errors.GatedRepoError:
-        raise UserError(
-            f"{start}: it is gated; ask for access on its page, then `hf auth login`, or set HF_TOKEN"
-        ) from None
+        raise UserError(f"{start}: it is gated; ask for access on its page, then {LOGIN}") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{start}: there is no such model, or it is private; check the id, or `hf auth login`, or set HF_TOKEN"
-        ) from None
+        raise UserError(f"{start}: no model of that id, or a private one; check the id, or {LOGIN}") from None
     except (OSError, ValueError) as error:  # all that the hub's client raises for want of a network, a right, a file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{start} ({reason})") from None

@@ -83,6 +83,9 @@ def read(path: Path, name: str) -> np.ndarray:
     with opened(path) as file:
         try:
             return file.get_tensor(name)
+        except AttributeError:  # numpy has no such type
+            kind = file.get_slice(name).get_dtype()
+            raise UserError(f"{path}: tensor {name} is {kind}; expected {', '.join(KINDS.values())}") from None
         except (SafetensorError, OSError, TypeError) as error:
             raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
 

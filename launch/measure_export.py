@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure_import import CONFIG, write
+from measure_import import write
 
 
 def prepare(workdir: Path, freeze_layers: float) -> None:
@@ -50,12 +50,12 @@ def export(workdir: Path) -> int:
 
 def main() -> None:
     """Writes, exports in a process of its own, and prints."""
-    folder, layers, freeze = (*sys.argv[1:], *(None,) * 3)[:3]
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    folder, layers, freeze = (*sys.argv[1:], *("", "22", "0.8")[len(sys.argv) - 1 :])
+    with tempfile.TemporaryDirectory(dir=folder or None) as name:
         workdir = Path(name)
         (workdir / "base").mkdir()
-        size = write(workdir / "base", int(layers or CONFIG["num_hidden_layers"]))
-        for work, arguments in ((prepare, (workdir, float(freeze or 0.8))), (export, (workdir,))):
+        size = write(workdir / "base", int(layers))
+        for work, arguments in ((prepare, (workdir, float(freeze))), (export, (workdir,))):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 peak = pool.apply(work, arguments)
     print(json.dumps({"parameter_bytes": size, "peak_bytes": peak, "ratio": round(peak / size, 3)}))

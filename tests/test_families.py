@@ -129,6 +129,8 @@ def test_an_architecture_that_its_family_cannot_say_is_refused():
         ({"model_type": "opt", "activation_function": "quick_gelu"}, "activation_function"),
         ({"model_type": "opt", "num_attention_heads": 7}, "num_attention_heads"),
         ({"model_type": "opt", "num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"model_type": "gemma2", "num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at most 1000"),
+        ({"model_type": "gpt2", "n_layer": 10**9}, "n_layer"),
         ({"model_type": "llama", "hidden_act": "quick_gelu"}, "hidden_act"),
         ({"model_type": "llama", "clip_qkv": 8.0}, "clip_qkv"),
         ({"model_type": "llama", "sliding_window": 512}, "sliding_window"),

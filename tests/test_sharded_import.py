@@ -52,9 +52,9 @@ MATRICES = ("embed/tokens", "q/kernel", "k/kernel", "v/kernel", "o/kernel", "up/
 
 @pytest.mark.parametrize(("family", "kv_heads"), [("llama", 8), ("opt", 16), ("gpt_neox", 16)])
 def test_each_device_gets_its_part_and_the_host_one_tensor_at_a_time(family, kv_heads, tmp_path):
-    """tracemalloc counts what numpy and safetensors hold on the host; XLA's buffers, which are the devices', it does not.
+    """LLaMA with grouped queries, and GPT-NeoX with fused ones. A stack of layers is 12 MB and more.
 
-    LLaMA with grouped queries, and GPT-NeoX with fused ones. A stack of layers is 12 MB and more.
+    tracemalloc counts what numpy and safetensors hold on the host, and not XLA's buffers, which are the devices'.
     """
     arch = model.Architecture(
         vocab_size=512, layers=12, width=512, heads=16, kv_heads=kv_heads, head_width=32, ff_width=768,
