@@ -55,9 +55,9 @@ def main() -> None:
         workdir = Path(name)
         (workdir / "base").mkdir()
         size = write(workdir / "base", int(layers))
-        for work, arguments in ((prepare, (workdir, float(freeze))), (export, (workdir,))):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peak = pool.apply(work, arguments)
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process for each
+            pool.apply(prepare, (workdir, float(freeze)))
+            peak = pool.apply(export, (workdir,))
     print(json.dumps({"parameter_bytes": size, "peak_bytes": peak, "ratio": round(peak / size, 3)}))
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrlhf import families, model
+from jaxrlhf import experiment, families, model
+from jaxrlhf.config import Experiment, Model
 from jaxrlhf.families import architecture
 from jaxrlhf.files import UserError
 
@@ -110,6 +111,15 @@ def test_configs_that_transformers_wrote_are_written_back(name):
     written = families.config_of(architecture(config))
     bookkeeping = ("max_window_layers", "n_inner")  # which follow from layer_types, and from n_embd
     assert {k: v for k, v in written.items() if config[k] != v and k not in bookkeeping} == {}
+
+
+@pytest.mark.parametrize("family", model.FAMILIES)
+def test_what_a_family_is_from_scratch_its_own_config_can_say(family):
+    sizes = Model(family=family, layers=3, width=32, heads=4, ff_width=40, prompt_length=11, response_length=6)
+    arch = experiment.architecture(Experiment(model=sizes), 301)
+    assert architecture(families.config_of(arch)) == arch
+    if family == "gemma2":
+        assert (arch.windows, arch.query_scalar) == ((4096, 0, 4096), 8)
 
 
 def test_an_architecture_that_its_family_cannot_say_is_refused():
