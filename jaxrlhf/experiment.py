@@ -131,10 +131,10 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
         raise UserError(
             f"config.model: width={c.width} must divide by heads={c.heads}, and heads by kv_heads={c.kv_heads}"
         )
-    options = model.FAMILIES[c.family]
+    options: dict[str, Any] = dict(model.FAMILIES[c.family])
     if c.family == "gemma2":  # what hangs on sizes, as Gemma Team 2024, table 1 and s. 2, and its configs have it
         windows = tuple(0 if i % 2 else 4096 for i in range(c.layers))
-        options = options | {"windows": windows, "query_scalar": c.width // c.heads}
+        options |= {"windows": windows, "query_scalar": c.width // c.heads}
     return model.Architecture(
         vocab_size=vocab_size,
         layers=c.layers,
