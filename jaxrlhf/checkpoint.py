@@ -13,11 +13,11 @@ from jaxrlhf.files import UserError
 from jaxrlhf.types import TrainState
 
 
-def open_manager(directory: Path, keep: int = 2) -> ocp.CheckpointManager:
+def open_manager(directory: Path, keep: int = 2, handlers: Mapping[str, Any] | None = None) -> ocp.CheckpointManager:
     """The manager of a stage's checkpoints; saves in the background, keeps the newest `keep`."""
     # Orbax fails in a background thread on a relative path.
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager(directory.absolute(), options=options)
+    return ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, meta: Mapping[str, str]) -> None:
@@ -39,8 +39,8 @@ def restore(manager: ocp.CheckpointManager, like: TrainState, meta: Mapping[str,
     items = manager.restore(
         step,
         args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(_abstract(like.params)),  # pyright: ignore[reportCallIssue]
-            rest=ocp.args.StandardRestore(_abstract(_rest(like))),  # pyright: ignore[reportCallIssue]
+            params=ocp.args.StandardRestore(abstract(like.params)),  # pyright: ignore[reportCallIssue]
+            rest=ocp.args.StandardRestore(abstract(_rest(like))),  # pyright: ignore[reportCallIssue]
         ),
     )
     rest = items["rest"]
@@ -51,12 +51,15 @@ def restore(manager: ocp.CheckpointManager, like: TrainState, meta: Mapping[str,
 
 def load_params(directory: Path, like: Any, meta: Mapping[str, str]) -> Any:
     """What the stage trained, at its newest checkpoint, laid out as `like`."""
-    with open_manager(directory) as manager:
+    # Without a limit all leaves are on their way at once, each held twice. It must exceed the largest one.
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+    params = ocp.StandardCheckpointHandler(restore_concurrent_gb=(largest + 1_000_000) / 1e9)  # pyright: ignore[reportArgumentType]
+    with open_manager(directory, handlers={"params": params, "meta": ocp.JsonCheckpointHandler()}) as manager:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{directory}: no checkpoint; run the stage {directory.parent.name!r} first")
         check_meta(directory, manager.restore(step, args=ocp.args.Composite(meta=_JSON))["meta"], meta)
-        target = ocp.args.StandardRestore(_abstract(like))  # pyright: ignore[reportCallIssue]
+        target = ocp.args.StandardRestore(abstract(like))  # pyright: ignore[reportCallIssue]
         return manager.restore(step, args=ocp.args.Composite(params=target))["params"]
 
 
@@ -78,5 +81,6 @@ def _rest(state: TrainState) -> dict[str, Any]:
     return rest if state.kl_coef is None else rest | {"kl_coef": state.kl_coef}
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Shapes, types and places of a tree's arrays, without their values."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -16,7 +16,7 @@ from jaxrlhf import checkpoint, model, sharding, weights
 from jaxrlhf.config import Experiment
 from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
-from jaxrlhf.split import split, tree_hash
+from jaxrlhf.split import take_apart, tree_hash
 from jaxrlhf.types import ActorCritic, Frozen, Params, ScalarHead, Scorer, Top
 
 ASSETS = Path(__file__).parent / "assets"
@@ -59,7 +59,7 @@ class Run:
     @cached_property
     def base(self) -> tuple[Frozen, Top]:
         """FROZEN, in `config.model.dtype`, and TOP, in f32, of the base model, on the mesh."""
-        frozen, top = split(base_params(self), self.config.model.freeze_layers)
+        frozen, top = take_apart(base_params(self), self.config.model.freeze_layers)
         frozen = jax.tree.map(lambda x: x.astype(self.config.model.dtype), frozen)
         top = jax.tree.map(lambda x: x.astype(jnp.float32), top)
         return sharding.place(frozen, self.mesh), sharding.place(top, self.mesh)
@@ -135,6 +135,10 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
         raise UserError(
             f"config.model: width={c.width} must divide by heads={c.heads}, and heads by kv_heads={c.kv_heads}"
         )
+    options: dict[str, Any] = dict(model.FAMILIES[c.family])
+    if c.family == "gemma2":  # what hangs on sizes, as Gemma Team 2024, table 1 and s. 2, and its configs have it
+        windows = tuple(0 if i % 2 else 4096 for i in range(c.layers))
+        options |= {"windows": windows, "query_scalar": c.width // c.heads}
     return model.Architecture(
         vocab_size=vocab_size,
         layers=c.layers,
@@ -145,13 +149,13 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
         ff_width=c.ff_width,
         max_positions=c.prompt_length + c.response_length,
         dtype=c.dtype,
-        **model.FAMILIES[c.family],
+        **options,
     )
 
 
 def imported_architecture(config: Experiment, directory: Path, vocab_size: int) -> model.Architecture:
     """The decoder of a Hugging Face directory; `UserError` if the texts of this experiment do not fit it."""
-    arch = replace(weights.architecture(read_json(directory / "config.json")), dtype=config.model.dtype)
+    arch = replace(weights.architecture(directory), dtype=config.model.dtype)
     if vocab_size > arch.vocab_size:
         raise UserError(
             f"config.model.init={config.model.init!r} has embeddings for {arch.vocab_size} tokens, its tokenizer "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, optim, policies, scoring, sharding, weights
+from jaxrlhf import hub, loop, losses, model, optim, policies, scoring, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
@@ -86,7 +86,7 @@ def reward(run: Run) -> None:
 def _adopt(run: Run) -> None:
     """Takes a reward model from elsewhere: tries it on the splits' preferences, and normalises it."""
     init = run.config.reward.init
-    directory = weights.directory_of(init, "config.reward.init")
+    directory = hub.directory_of(init, "config.reward.init")
     found = scoring.load(directory, run.mesh)
     pairs = {s: p for s, p in preferences(run, train=False).items() if s != "train"}
     run.finish(

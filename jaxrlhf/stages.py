@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from jaxrlhf import collect, ppo, reward, scoring, sft, weights
+from jaxrlhf import collect, hub, ppo, reward, scoring, sft
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
 from jaxrlhf.evaluation import report, results
@@ -20,7 +20,7 @@ _TRAIN = {"pretrain": sft.pretrain, "sft": sft.sft, "reward": reward.reward, "pp
 def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_finished: bool) -> None:
     """Runs the stages named; with `skip_finished`, those that are not complete, and what follows from them."""
     if config.reward.init and "reward" in stages and not (workdir / "reward" / "summary.json").exists():
-        scoring.load(weights.directory_of(config.reward.init, "config.reward.init"))  # mistakes before hours of SFT
+        scoring.load(hub.directory_of(config.reward.init, "config.reward.init"))  # mistakes before hours of SFT
     data = task.load(config, workdir, say) if any(s in _TRAIN for s in stages) else None
     fresh = False
     for stage in stages:

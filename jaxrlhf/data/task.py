@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import jaxrlhf
-from jaxrlhf import weights
+from jaxrlhf import hub
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import builders, instructions, selection, tokens, world
 from jaxrlhf.files import read_text, whole_folder, write_json, write_text
@@ -133,7 +133,7 @@ def base_directory(config: Experiment, workdir: Path) -> Path:
     """The Hugging Face directory that `config.model.init` names."""
     if config.model.init == "base":
         return workdir / "base"
-    return weights.directory_of(config.model.init, "config.model.init")
+    return hub.directory_of(config.model.init, "config.model.init")
 
 
 def _imported_tokenizer(config: Experiment, workdir: Path) -> tokens.Tokenizer | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +109,7 @@ def pretrained(directory: Path) -> Tokenizer:
     """
     if not any((directory / name).exists() for name in FILES):  # transformers would make an empty one up
         raise UserError(f"{directory}: no tokenizer in it; expected tokenizer.json")
+    _check_sentencepiece(directory)
     from transformers import AutoTokenizer  # seconds to import, and needed here only
 
     try:
@@ -127,6 +129,15 @@ def pretrained(directory: Path) -> Tokenizer:
     eos_id = theirs.eos_token_id
     pad_id = eos_id if theirs.pad_token_id is None else theirs.pad_token_id
     return replace(_plain(engine), pad_id=pad_id, eos_id=eos_id, bos=tuple(full[:start]), theirs=theirs)
+
+
+def _check_sentencepiece(directory: Path) -> None:
+    """Without the package, transformers takes a SentencePiece file for one of tiktoken's, and asks for that package."""
+    if (directory / "tokenizer.json").exists() or importlib.util.find_spec("sentencepiece"):
+        return
+    for path in (directory / "tokenizer.model", directory / "spiece.model"):
+        if path.exists() and path.read_bytes()[:1] == b"\n":  # how its first field begins; tiktoken's files are base64
+            raise UserError(f"{path}: a SentencePiece tokenizer; pip install sentencepiece, which converts it")
 
 
 def save_files(tokenizer: Tokenizer, folder: Path, padding_side: str = "", pad: bool = False) -> Tokenizer:
