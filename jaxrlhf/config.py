@@ -318,16 +318,6 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> Iterator[str]:
-    """The keys in which two resolved configs differ, each as `config.a.b: old -> new`."""
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from changes(a, b, f"{prefix}.{key}")
-        elif a != b:
-            yield f"{prefix}.{key}: {a!r} -> {b!r}"
-
-
 def _build(kind: Any, values: dict[str, Any], name: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:

@@ -22,6 +22,10 @@ class Failure(Exception):
     """Something outside failed, not the user's input: one line that says what, and how to go on."""
 
 
+class Stopped(Exception):
+    """Somebody asked to stop, and all is saved: one line that says how to go on."""
+
+
 def read_records(path: str | os.PathLike[str], required: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The objects of a JSON list (`.json`) or of JSON lines (any other suffix); blank lines are skipped.
 
