@@ -54,6 +54,7 @@ def saver(directory: Path, keep: int, meta: Mapping[str, Any]) -> Iterator[Calla
 
         yield save
         settle()
+        _prune(directory, keep)  # what an earlier process was killed in the middle of removing
 
 
 def restore(directory: Path, like: TrainState, meta: Mapping[str, Any]) -> TrainState | None:
@@ -107,8 +108,13 @@ def _seal(manager: ocp.CheckpointManager, step: int, keep: int) -> None:
     folder = Path(manager.directory) / str(step)
     if jax.process_index() == 0:
         write_text(folder / SEAL, _sums(folder))
-    for old in sorted(manager.all_steps())[:-keep]:
-        manager.delete(old)
+    _prune(folder.parent, keep)
+
+
+def _prune(directory: Path, keep: int) -> None:
+    if jax.process_index() == 0:
+        for old in _steps(directory)[keep:]:
+            shutil.rmtree(directory / str(old))
 
 
 def _sums(folder: Path) -> str:

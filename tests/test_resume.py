@@ -1,0 +1,151 @@
+"""Killed at any moment of any stage, the same command goes on and leaves the same bytes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from array_record.python.array_record_module import ArrayRecordReader
+
+COMMAND = "import sys; from jaxrlhf import main; sys.argv = ['jaxrlhf', *sys.argv[1:]]; main.console()"
+# Every stage, as small as it comes; PPO with several epochs, and a batch of evaluation that prompts do not fill.
+TINY = {
+    "model": {"layers": 2, "width": 16, "ff_width": 24, "freeze_layers": 0.5},
+    "world": {
+        "documents": 90,
+        "demonstrations": 50,
+        "preference_prompts": 16,
+        "ppo_prompts": 30,
+        "evaluation_prompts": 3,
+    },
+    "pretrain": {"init": "scratch", "batch_size": 8, "loop.steps": 5, "loop.save_every": 2, "loop.log_every": 1},
+    "sft": {"batch_size": 8, "loop.steps": 7, "loop.save_every": 2, "loop.eval_every": 2, "loop.log_every": 2},
+    "reward": {"batch_size": 8, "normalise_samples": 8, "loop.steps": 5, "loop.eval_every": 0, "loop.save_every": 2},
+    "ppo": {"batch_size": 6, "epochs": 3, "minibatches": 2, "kl_target": 3.5, "loop.steps": 5, "loop.save_every": 2},
+    "sampling": {"batch_size": 2, "samples_per_prompt": 2, "best_of": 2, "pool": 4},
+    "evaluation": {"bootstrap": 20},
+}
+
+
+def command(workdir):
+    changes = [f"--config.{s}.{k}={v}" for s, keys in TINY.items() for k, v in keys.items()]
+    recipe = "--config=configs/quickstart.py:smoke"
+    return [sys.executable, "-c", COMMAND, "run", recipe, f"--workdir={workdir}", *changes]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory, request):
+    """What makes a start cheap: compiled once, by all commands of this file, and not optimised."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return {"cwd": request.config.rootpath, "env": os.environ | cache}
+
+
+def finish(workdir, environment):
+    done = subprocess.run(command(workdir), capture_output=True, text=True, timeout=600, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def parts(workdir):
+    """What is there to be seen of progress, as a fine clock: files and folders, and lines of metrics."""
+    found = {str(p.relative_to(workdir)) for p in workdir.rglob("*") if "tensorboard" not in p.parts}
+    for path in workdir.glob("*/metrics.jsonl"):
+        found |= {f"{path}:{i}" for i in range(path.read_bytes().count(b"\n"))}
+    return found
+
+
+def interrupt(workdir, environment, seen, moment, number):
+    """Runs until `moment` parts were seen, in this start or an earlier one, then sends the signal.
+
+    But for SIGKILL, not before the command is under way: until then Python itself is what hears it.
+
+    Returns whether it lived so long, its exit status and what it said.
+    """
+    path = workdir.parent / "said"
+    with path.open("w+") as said:
+        going = subprocess.Popen(command(workdir), stdout=said, stderr=said, **environment)
+        while going.poll() is None and (len(seen) < moment or (number != signal.SIGKILL and not path.stat().st_size)):
+            with contextlib.suppress(FileNotFoundError):  # gone while we looked
+                seen |= parts(workdir)
+            time.sleep(0.01)
+        lived = going.poll() is None
+        going.send_signal(number)
+        status = going.wait(120)
+        said.seek(0)
+        return lived, status, said.read()
+
+
+def contents(workdir):
+    """Files by their bytes, checkpoints by their arrays, array_records by their records; no timings, no events."""
+    found = {}
+    for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
+        name = str(path.relative_to(workdir))
+        if path.name != "timings.jsonl" and not {"tensorboard", "checkpoints"} & set(path.parts):
+            data = (
+                repr(ArrayRecordReader(str(path)).read_all()).encode() if "array_record" in name else path.read_bytes()
+            )
+            found[name] = hashlib.sha256(data).hexdigest()
+    for step in workdir.glob("*/checkpoints/*"):
+        for item in ("params", "rest"):
+            tree = ocp.StandardCheckpointer().restore(step / item)
+            leaves = [(str(k), np.asarray(v).tobytes()) for k, v in jax.tree_util.tree_leaves_with_path(tree)]
+            found[str(step.relative_to(workdir) / item)] = hashlib.sha256(repr(leaves).encode()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, environment):
+    workdir = tmp_path_factory.mktemp("whole")
+    finish(workdir, environment)
+    return workdir
+
+
+def check(workdir, whole):
+    ours, theirs = contents(workdir), contents(whole)
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if ours[k] != theirs[k]] == []
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        steps = [json.loads(line)["step"] for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps))
+
+
+def at_random(workdir, whole, environment, numbers, seed):
+    """Signals at random moments, one start after another, then to the end."""
+    rng, seen, total = random.Random(seed), set(), len(parts(whole))
+    moments = sorted(rng.sample(range(total // 20, total), len(numbers)))
+    lived = 0
+    for moment, number in zip(moments, rng.sample(numbers, len(numbers)), strict=True):
+        still, status, said = interrupt(workdir, environment, seen, moment, number)
+        lived += still
+        assert "Traceback" not in said
+        if number != signal.SIGKILL:
+            assert status == 0, said
+            assert "the same command goes on" in said or (workdir / "report" / "index.html").exists()
+    finish(workdir, environment)
+    check(workdir, whole)
+    assert lived > len(numbers) // 2
+
+
+def test_killed_four_times_and_asked_to_stop_it_ends_the_same(tmp_path, whole, environment):
+    at_random(tmp_path / "run", whole, environment, [signal.SIGKILL] * 4 + [signal.SIGTERM], seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_killed_at_twenty_moments_it_ends_the_same(tmp_path, whole, environment, seed):
+    numbers = [signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGINT]
+    at_random(tmp_path / "run", whole, environment, numbers, seed)
