@@ -1,9 +1,11 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -169,3 +171,33 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert "stopped at once; the same command goes on" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_where_processes_work_together_jax_names_the_step(tmp_path, number):
+    code = f"""if True:
+        import os, signal, socket, sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import jax
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = "localhost:%d" % free.getsockname()[1]
+        jax.distributed.initialize(address, num_processes=1, process_id=0)
+        from pathlib import Path
+        import test_loop
+        from jaxrlhf.files import Stopped
+        def step(state, i):
+            if i == 2:
+                os.kill(os.getpid(), signal.{number})
+            time.sleep(0.3)
+            return test_loop.step(state, i)
+        try:
+            test_loop.run(Path({str(tmp_path)!r}), step)
+        except Stopped as stopped:
+            print(stopped)
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"stopped at step [3-8] of 9 of toy, saved; the same command goes on\n", done.stdout)
+    stopped_at = done.stdout.split()[3]
+    assert (tmp_path / "checkpoints" / stopped_at / "SHA256SUMS").exists()
