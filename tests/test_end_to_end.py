@@ -98,7 +98,10 @@ def test_a_damaged_checkpoint_of_a_finished_stage_is_never_taken_and_made_again(
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     export = ["jaxrlhf", "export", f"--workdir={workdir}", "--policy=ppo", f"--to={workdir / 'exported'}"]
     assert main(export) == 1
-    assert "manifest.ocdbt is not as it was saved); `jaxrlhf ppo` with the same flags" in capsys.readouterr().err
+    assert (
+        "manifest.ocdbt is not as it was saved); `jaxrlhf ppo` with this config and workdir makes it again"
+        in capsys.readouterr().err
+    )
     assert main(["jaxrlhf", "ppo", RECIPE, f"--workdir={workdir}"]) == 0
     error = capsys.readouterr().err
     assert "removed, to go on from the checkpoint before it" in error
