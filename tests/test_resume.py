@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from array_record.python.array_record_module import ArrayRecordReader
+import tensorflow_datasets as tfds
 
 COMMAND = "import sys; from jaxrlhf import main; sys.argv = ['jaxrlhf', *sys.argv[1:]]; main.console()"
 # Every stage, as small as it comes; PPO with several epochs, and a batch of evaluation that prompts do not fill.
@@ -90,15 +90,15 @@ def interrupt(workdir, environment, seen, moment, number):
 
 
 def contents(workdir):
-    """Files by their bytes, checkpoints by their arrays, array_records by their records; no timings, no events."""
+    """Files by their bytes, checkpoints by their arrays, data by its records; no timings, no events."""
     found = {}
     for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
         name = str(path.relative_to(workdir))
-        if path.name != "timings.jsonl" and not {"tensorboard", "checkpoints"} & set(path.parts):
-            data = (
-                repr(ArrayRecordReader(str(path)).read_all()).encode() if "array_record" in name else path.read_bytes()
-            )
-            found[name] = hashlib.sha256(data).hexdigest()
+        if path.suffix == ".array_record-00000-of-00001":
+            split = path.name.split(".")[0].split("-")[1]
+            found[name] = list(tfds.builder_from_directory(path.parent).as_data_source(split=split))
+        elif path.name != "timings.jsonl" and not {"tensorboard", "checkpoints"} & set(path.parts):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     for step in workdir.glob("*/checkpoints/*"):
         for item in ("params", "rest"):
             tree = ocp.StandardCheckpointer().restore(step / item)
