@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -16,7 +17,10 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 
+from jaxrlhf import main
+
 COMMAND = "import sys; from jaxrlhf import main; sys.argv = ['jaxrlhf', *sys.argv[1:]]; main.console()"
+FORKS = multiprocessing.get_context("forkserver")
 # Every stage, as small as it comes; PPO with several epochs, and a batch of evaluation that prompts do not fill.
 TINY = {
     "model": {"layers": 2, "width": 16, "ff_width": 24, "freeze_layers": 0.5},
@@ -36,28 +40,37 @@ TINY = {
 }
 
 
-def command(workdir):
+def arguments(workdir):
     changes = [f"--config.{s}.{k}={v}" for s, keys in TINY.items() for k, v in keys.items()]
-    recipe = "--config=configs/quickstart.py:smoke"
-    return [sys.executable, "-c", COMMAND, "run", recipe, f"--workdir={workdir}", *changes]
+    return ["run", "--config=configs/quickstart.py:smoke", f"--workdir={workdir}", *changes]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory, request):
-    """What makes a start cheap: compiled once, by all commands of this file, and not optimised."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    return {"cwd": request.config.rootpath, "env": os.environ | cache}
+@pytest.fixture(scope="module", autouse=True)
+def cheap_starts(tmp_path_factory, request):
+    """Compiled once, for all commands of this file, and not optimised; imported once, for those that are stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(request.config.rootpath)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        FORKS.set_forkserver_preload(["jaxrlhf.stages", "jaxrlhf.main", "tensorboardX", "test_resume"])
+        yield
 
 
-def finish(workdir, environment):
-    done = subprocess.run(command(workdir), capture_output=True, text=True, timeout=600, **environment)
+def finish(workdir):
+    argv = [sys.executable, "-c", COMMAND, *arguments(workdir)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+
+
+def begin(argv, said):
+    """The command, in a process that has imported it already."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = ["jaxrlhf", *argv]
+    main.console()
 
 
 def parts(workdir):
@@ -68,25 +81,26 @@ def parts(workdir):
     return found
 
 
-def interrupt(workdir, environment, seen, moment, number):
+def interrupt(workdir, seen, moment, number):
     """Runs until `moment` parts were seen, in this start or an earlier one, then sends the signal.
 
     But for SIGKILL, not before the command is under way: until then Python itself is what hears it.
 
     Returns whether it lived so long, its exit status and what it said.
     """
-    path = workdir.parent / "said"
-    with path.open("w+") as said:
-        going = subprocess.Popen(command(workdir), stdout=said, stderr=said, **environment)
-        while going.poll() is None and (len(seen) < moment or (number != signal.SIGKILL and not path.stat().st_size)):
-            with contextlib.suppress(FileNotFoundError):  # gone while we looked
-                seen |= parts(workdir)
-            time.sleep(0.01)
-        lived = going.poll() is None
-        going.send_signal(number)
-        status = going.wait(120)
-        said.seek(0)
-        return lived, status, said.read()
+    said = workdir.parent / "said"
+    said.write_text("")
+    going = FORKS.Process(target=begin, args=(arguments(workdir), said))
+    going.start()
+    while going.is_alive() and (len(seen) < moment or (number != signal.SIGKILL and not said.stat().st_size)):
+        with contextlib.suppress(FileNotFoundError):  # gone while we looked
+            seen |= parts(workdir)
+        time.sleep(0.01)
+    lived = going.is_alive()
+    if lived:
+        os.kill(going.pid, number)
+    going.join(300)
+    return lived, going.exitcode, said.read_text()
 
 
 def contents(workdir):
@@ -108,9 +122,9 @@ def contents(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, environment):
+def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    finish(workdir, environment)
+    finish(workdir)
     return workdir
 
 
@@ -123,29 +137,29 @@ def check(workdir, whole):
         assert steps == sorted(set(steps))
 
 
-def at_random(workdir, whole, environment, numbers, seed):
+def at_random(workdir, whole, numbers, seed):
     """Signals at random moments, one start after another, then to the end."""
     rng, seen, total = random.Random(seed), set(), len(parts(whole))
     moments = sorted(rng.sample(range(total // 20, total), len(numbers)))
     lived = 0
     for moment, number in zip(moments, rng.sample(numbers, len(numbers)), strict=True):
-        still, status, said = interrupt(workdir, environment, seen, moment, number)
+        still, status, said = interrupt(workdir, seen, moment, number)
         lived += still
         assert "Traceback" not in said
         if number != signal.SIGKILL:
             assert status == 0, said
             assert "the same command goes on" in said or (workdir / "report" / "index.html").exists()
-    finish(workdir, environment)
+    finish(workdir)
     check(workdir, whole)
     assert lived > len(numbers) // 2
 
 
-def test_killed_four_times_and_asked_to_stop_it_ends_the_same(tmp_path, whole, environment):
-    at_random(tmp_path / "run", whole, environment, [signal.SIGKILL] * 4 + [signal.SIGTERM], seed=0)
+def test_killed_four_times_and_asked_to_stop_it_ends_the_same(tmp_path, whole):
+    at_random(tmp_path / "run", whole, [signal.SIGKILL] * 4 + [signal.SIGTERM], seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_killed_at_twenty_moments_it_ends_the_same(tmp_path, whole, environment, seed):
+def test_killed_at_twenty_moments_it_ends_the_same(tmp_path, whole, seed):
     numbers = [signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGINT]
-    at_random(tmp_path / "run", whole, environment, numbers, seed)
+    at_random(tmp_path / "run", whole, numbers, seed)
