@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import checkpoint, model, sharding, weights
+from jaxrlhf.claim import bound
 from jaxrlhf.config import Experiment
 from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
@@ -65,9 +66,14 @@ class Run:
         return sharding.place(frozen, self.mesh), sharding.place(top, self.mesh)
 
     @cached_property
-    def meta(self) -> dict[str, str]:
-        """What every checkpoint of this experiment must share."""
-        return {"frozen": tree_hash(self.base[0])}
+    def trunk(self) -> str:
+        """The hash of FROZEN."""
+        return tree_hash(self.base[0])[:16]
+
+    def meta(self, stage: str) -> dict[str, Any]:
+        """What a stage's checkpoints must share with this experiment; a base that `pretrain` makes has no trunk yet."""
+        found = {"config": bound(self.config, stage), "tokenizer": self.task.tokenizer.hash}
+        return found if stage == "pretrain" else found | {"frozen": self.trunk}
 
     @property
     def lengths(self) -> Lengths:
@@ -115,7 +121,8 @@ class Run:
         """What a finished stage trained."""
         if not self.finished(stage):
             raise UserError(f"{self.workdir}: stage {stage!r} is not finished; run `jaxrlhf {stage}` first")
-        return checkpoint.load_params(self.directory(stage) / "checkpoints", like, self.meta)
+        steps = read_json(self.directory(stage) / "summary.json")["steps"]
+        return checkpoint.load_params(self.directory(stage) / "checkpoints", steps, like, self.meta(stage))
 
     def finished(self, stage: str) -> bool:
         """Whether a stage has written its summary, which it does last."""
@@ -177,9 +184,7 @@ def base_params(run: Run) -> Params:
     name = run.config.pretrain.init
     if name == "scratch":
         like = sharding.place(model.init(run.arch, run.key("init")), run.mesh)
-        if not run.finished("pretrain"):
-            raise UserError(f"{run.workdir}: stage 'pretrain' is not finished; run `jaxrlhf pretrain` first")
-        return checkpoint.load_params(run.directory("pretrain") / "checkpoints", like, {})
+        return run.load("pretrain", like)
     path = ASSETS / f"{name}.safetensors"
     if not path.exists():
         known = ", ".join(["scratch", *sorted(p.stem for p in ASSETS.glob("*.safetensors"))])

@@ -28,6 +28,10 @@ def listed(items: Iterable[Any]) -> str:
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
+class Stopped(Exception):
+    """Somebody asked to stop, and all is saved: one line that says how to go on."""
+
+
 def read_records(path: str | os.PathLike[str], required: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The objects of a JSON list (`.json`) or of JSON lines (any other suffix); blank lines are skipped.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from jaxrlhf.files import Failure, UserError, read_json, write_json
+from jaxrlhf.files import Failure, Stopped, UserError
 from jaxrlhf.logs import say
 
 USAGE = """jaxrlhf COMMAND [flags]
@@ -40,30 +41,41 @@ STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
 
 
 def console() -> None:
-    """The console script `jaxrlhf`: exit status 0 done, 2 the user's input is wrong, 1 anything else."""
-    status = main(sys.argv)
+    """The console script `jaxrlhf`: exit status 0 done or stopped, 2 the user's input is wrong, 1 anything else."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no step is under way: as Ctrl-C
+    status, whole = _status(sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
+    if not whole:
         os._exit(status)  # an interrupted compilation can crash the interpreter's own way out
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns its exit status."""
+    return _status(argv)[0]
+
+
+def _status(argv: list[str]) -> tuple[int, bool]:
+    """The exit status, and whether the command ended in a place of its own choosing."""
     # transformers is here for its tokenizers, which need no torch; without this it advises to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _dispatch(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2, False
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
-        return 1
+        return 1, False
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 0, True
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 1
-    return 0
+        # All that a recipe's stages write is whole or not there, so that being stopped between steps loses nothing.
+        resumes = len(argv) > 1 and argv[1] in ("run", *STAGES) and _has(argv, "config")
+        print("\nstopped; the same command goes on" if resumes else "\ninterrupted", file=sys.stderr)
+        return 0 if resumes else 1, False
+    return 0, True
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -203,6 +215,7 @@ def _export(argv: list[str]) -> None:
 
 def _run_stages(command: str, argv: list[str]) -> None:
     from jaxrlhf import recipes
+    from jaxrlhf.claim import claim
     from jaxrlhf.config import with_base
 
     values = _values()
@@ -214,7 +227,7 @@ def _run_stages(command: str, argv: list[str]) -> None:
     workdir = Path(str(values["workdir"].value))
     experiment = with_base(experiment, workdir)
     unclaimed = not (workdir / "config.json").exists()
-    _claim(workdir, experiment)
+    claim(workdir, experiment)
     stages = STAGES if command == "run" else (command,)
     from jaxrlhf import stages as runner
 
@@ -224,18 +237,3 @@ def _run_stages(command: str, argv: list[str]) -> None:
         if unclaimed and not any((workdir / s).exists() for s in (*STAGES, "samples")):
             (workdir / "config.json").unlink()  # nothing was made yet: the corrected config may have the workdir
         raise
-
-
-def _claim(workdir: Path, experiment: Any) -> None:
-    """Writes the resolved config, or makes sure that the workdir belongs to this one; `evaluation` may change."""
-    import json
-
-    from jaxrlhf.config import changes
-
-    resolved = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    path = workdir / "config.json"
-    if path.exists():
-        different = [c for c in changes(read_json(path), resolved) if not c.startswith("config.evaluation.")]
-        if different:
-            raise UserError(f"{workdir} belongs to another config ({different[0]}); take another --workdir")
-    write_json(path, resolved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,13 @@ class Tokenizer:
     def size(self) -> int:
         """One more than the largest id."""
         return max(self.engine.get_vocab().values()) + 1
+
+    @property
+    def hash(self) -> str:
+        """Equal tokenizers, equal hashes."""
+        around = (self.chat.before, self.chat.after) if self.chat else ()
+        told = repr((self.engine.to_str(), self.pad_id, self.eos_id, self.bos, around))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end-of-text token; special tokens' names in the text are plain text."""
