@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.evaluation.figures import METRICS, SCOPES, Estimate, Look, label
-from jaxrlhf.evaluation.measures import CUT, Place, against_each_other
+from jaxrlhf.evaluation.measures import CUT, Place, against_each_other, walk
 
 BySplit = Mapping[str, Estimate]
 SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length"}
@@ -48,16 +48,6 @@ def decide(differences: BySplit) -> Verdict:
     above = tuple(s for s, e in known.items() if e["low"] > 0)
     below = tuple(s for s, e in known.items() if e["high"] < 0)
     return Verdict(above, below, tuple(s for s in differences if s not in above + below))
-
-
-def walk(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Estimate]]:
-    """Every estimate in a tree of objects, with where it lies."""
-    if isinstance(tree, Mapping):
-        if {"mean", "low", "high", "n"} <= tree.keys():
-            yield place, tree
-        else:
-            for key, value in tree.items():
-                yield from walk(value, (*place, key))
 
 
 def series(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
