@@ -28,6 +28,7 @@ USAGE = """jaxrlhf COMMAND [flags]
                               [--max_requests=N] [--judge_concurrency=N] [--judge_api_key_env=NAME]
              for alpaca_eval: --export_alpaca_eval=FOLDER writes each as FOLDER/NAME/model_outputs.json
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
+             over seeds: jaxrlhf report --workdir=runs/all --seeds=runs/s0 --seeds=runs/s1
   import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
   export     a trained model as a directory that transformers loads:
@@ -81,7 +82,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "evaluate" and not _has(rest, "config"):
         _evaluate_outputs(rest)
     elif command == "report" and not _has(rest, "config"):
-        _report(_parse(rest, _values()).workdir)
+        _report(rest)
     else:
         _run_stages(command, rest)
 
@@ -162,10 +163,17 @@ def _judge_flag(key: str) -> str:
     return key if key == "max_requests" else f"judge_{key}"
 
 
-def _report(workdir: str) -> None:
-    from jaxrlhf.evaluation import report
+def _report(argv: list[str]) -> None:
+    from jaxrlhf.evaluation import report, seeds
 
-    print(report.write_report(Path(workdir)))
+    values = _values()
+    flags.DEFINE_multi_string("seeds", [], "workdir of one of several seeds", flag_values=values)
+    parsed = _parse(argv, values)
+    if parsed.seeds:
+        missing = seeds.write_combined(parsed.seeds, Path(parsed.workdir))["missing"]
+        if missing:
+            say(f"{len(missing)} parts are not in every seed and have no mean over seeds; the report names them")
+    print(report.write_report(Path(parsed.workdir)))
 
 
 def _import(argv: list[str]) -> None:

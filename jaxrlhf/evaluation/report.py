@@ -103,7 +103,15 @@ def read_results(workdir: Path) -> Found:
     if not measured or not all(isinstance(s, dict) and all(isinstance(m, dict) for m in s.values()) for s in measured):
         raise UserError(f"{path}: no policies in it; `jaxrlhf evaluate` writes it anew")
     empty: dict[str, Any] = {key: {} for key in ("config", "sampling", "generalisation_gap", "diversity_by_length")}
-    empty |= {"differences": [], "comparisons": [], "task": "", "judge": "", "judge_report": {}}
+    empty |= {
+        "differences": [],
+        "comparisons": [],
+        "task": "",
+        "judge": "",
+        "judge_report": {},
+        "seeds": [],
+        "missing": [],
+    }
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
     known = {"sft": "SFT", "bon": f"best-of-{n}", "ppo": "PPO"}
@@ -220,6 +228,11 @@ def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         keys = re.findall(r"\{(.*?)\}", text)
         if all(flat.get(key) for key in keys):
             yield fact, re.sub(r"\{(.*?)\}", lambda match: flat[match[1]], text)
+    if results["seeds"]:
+        yield (
+            "seeds",
+            f"{', '.join(map(str, results['seeds']))}: every number is a mean over them, n is how many there are",
+        )
     bon = results["sampling"].get("bon", {})
     if {"best_of", "pool"} <= bon.keys():
         how = "drawn again and again from a pool of" if shares(results) else "each time others, out of"
@@ -334,6 +347,9 @@ def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
         yield "Head-to-head win rates: results.json has no comparisons."
     if not shown["config"]:
         yield "Configuration: neither results.json nor config.json has one."
+    for gone in found.results["missing"]:
+        seeds = ", ".join(map(str, gone["seeds"]))
+        yield f"Mean over seeds of {gone['at']}: {gone['why']} (seeds: {seeds})."
     stages: Sequence[str] = [title for title in STAGES.values() if title not in shown["curves"]]
     if stages:
         yield f"Training curves ({', '.join(stages)}): no metrics.jsonl there."

@@ -199,7 +199,6 @@ def _estimates(
         for policy, splits in measured.items()
         if "id" in splits
     }
-    lost = iter(significance.corrected([tree for splits in gaps.values() for tree in splits.values()]))
     return {
         "policies": {
             policy: {
@@ -209,7 +208,7 @@ def _estimates(
             }
             for policy, splits in measured.items()
         },
-        "generalisation_gap": {policy: {split: next(lost) for split in splits} for policy, splits in gaps.items()},
+        "generalisation_gap": significance.corrected_gaps(gaps),
         "differences": significance.corrected(differences),
         "diversity_by_length": variety.by_length(measured, resamples),
     }

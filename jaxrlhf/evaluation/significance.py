@@ -41,6 +41,12 @@ def corrected(trees: Sequence[Mapping[str, Any]], null: float = 0.0) -> list[Tre
     return told
 
 
+def corrected_gaps(gaps: Mapping[str, Mapping[str, Tree]]) -> dict[str, dict[str, Tree]]:
+    """`corrected`, of policy -> split -> gaps."""
+    told = iter(corrected([tree for splits in gaps.values() for tree in splits.values()]))
+    return {policy: {split: next(told) for split in splits} for policy, splits in gaps.items()}
+
+
 def p_value(e: Estimate, null: float, df: float) -> float:
     """Two-sided p of an estimate: below .05 exactly where its 95 % interval leaves `null` out.
 
