@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 from report_workdirs import around, recipe_results
@@ -11,9 +12,9 @@ from jaxrlhf.files import UserError, write_json
 from jaxrlhf.main import main
 
 
-def run(seed, shift=0.0):
+def run(seed, shift=0.0) -> Any:
     """A recipe's results, of which PPO's gold reward and its differences are moved by `shift`."""
-    found = copy.deepcopy(recipe_results())
+    found: Any = copy.deepcopy(recipe_results())
     found["config"]["seed"] = seed
     for m in found["policies"]["ppo"].values():
         m["gold"]["mean"] += shift
@@ -153,7 +154,7 @@ def test_findings_decide_after_holm_and_say_how_many_prompts_are_needed():
         "about 140 to 23,000 prompts would settle differences of these sizes."
     ]
     assert verdicts(a=judged(0.05, 0.4, n_needed=1_386))[0].endswith(
-        "is not told apart from SFT on a, after Holm's correction for 3 comparisons; about 1,400 prompts would settle a "
+        "SFT on a, after Holm's correction for 3 comparisons; about 1,400 prompts would settle a "
         "difference of this size."
     )
     assert "; more than a million prompts would settle a difference of this size." in verdicts(a=judged(1e-6, 1.0))[0]

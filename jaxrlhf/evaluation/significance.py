@@ -23,7 +23,7 @@ def corrected(trees: Sequence[Mapping[str, Any]], null: float = 0.0) -> list[Tre
     Each estimate gets "p" (`p_value`), "p_holm" (`holm`) and "family", the number of comparisons in its family; and
     where p_holm is not below .05, "n_needed": how many items would settle it (`needed`), unless nobody could take so
     many. The undecided are judged at .05 over the number of those in the family, for that is where Holm's procedure
-    stopped.
+    stopped. Of across-input diversity, which itself moves with the number of texts, `n_needed` is a rough guide.
     """
     families: dict[Place, list[tuple[int, Estimate]]] = {}
     for i, tree in enumerate(trees):
