@@ -30,6 +30,7 @@ USAGE = """jaxrlhf COMMAND [flags]
              for alpaca_eval: --export_alpaca_eval=FOLDER writes each as FOLDER/NAME/model_outputs.json
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
              of several: jaxrlhf report --workdir=runs/all --compare=runs/a --compare=runs/b
+             over seeds: jaxrlhf report --workdir=runs/all --seeds=runs/s0 --seeds=runs/s1
   import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
   export     a trained model as a directory that transformers loads:
@@ -176,13 +177,20 @@ def _judge_flag(key: str) -> str:
 
 
 def _report(argv: list[str]) -> None:
-    from jaxrlhf.evaluation import compare, report
+    from jaxrlhf.evaluation import compare, report, seeds
 
     values = _values()
+    flags.DEFINE_multi_string("seeds", [], "workdir of one of several seeds", flag_values=values)
     flags.DEFINE_multi_string("compare", [], "a workdir with results", flag_values=values)
     parsed = _parse(argv, values)
+    if parsed.compare and parsed.seeds:
+        raise UserError("--compare and --seeds are two reports; give one of them, each a --workdir of its own")
     if parsed.compare:
         compare.write_comparison(parsed.compare, Path(parsed.workdir))
+    if parsed.seeds:
+        missing = seeds.write_combined(parsed.seeds, Path(parsed.workdir))["missing"]
+        if missing:
+            say(f"{len(missing)} parts are not in every seed and have no mean over seeds; the report names them")
     print(report.write_report(Path(parsed.workdir)))
 
 

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.evaluation import findings, measures, results, samples
+from jaxrlhf.evaluation import findings, measures, results, samples, significance
 from jaxrlhf.evaluation.figures import label
 from jaxrlhf.evaluation.measures import CUT, WIN_RATE, Measured
 from jaxrlhf.evaluation.report import PARTS, flat, read_results
@@ -56,9 +56,9 @@ def write_comparison(folders: Sequence[str], workdir: Path) -> None:
         "sweep": _sweep(differing, paths),
         "config": _without(runs[base]["config"], differing),
         "policies": _by_policy(runs, "policies"),
-        "generalisation_gap": _by_policy(runs, "generalisation_gap"),
-        "differences": differences + _of_pairs(runs, "differences"),
-        "comparisons": _of_pairs(runs, "comparisons"),
+        "generalisation_gap": significance.corrected_gaps(_by_policy(runs, "generalisation_gap")),
+        "differences": significance.corrected(differences + _of_pairs(runs, "differences")),
+        "comparisons": significance.corrected(_of_pairs(runs, "comparisons"), null=0.5),
     }
     if _cut_otherwise(runs):
         merged |= {key: _uncut(merged[key]) for key in ("policies", "differences")}

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.evaluation.figures import METRICS, SCOPES, Estimate, Look, label
-from jaxrlhf.evaluation.measures import CUT, Place, against_each_other
+from jaxrlhf.evaluation.measures import CUT, Place, against_each_other, walk
+from jaxrlhf.evaluation.significance import LEVEL
 
 BySplit = Mapping[str, Estimate]
 SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length"}
@@ -43,21 +44,14 @@ class Words(NamedTuple):
 
 
 def decide(differences: BySplit) -> Verdict:
-    """On which splits a difference's interval excludes 0; one item alone has no interval and decides nothing."""
-    known = {s: e for s, e in differences.items() if e["n"] != 1}
+    """On which splits a difference's interval excludes 0, also after Holm's correction where results.json has it.
+
+    One item alone has no interval and decides nothing.
+    """
+    known = {s: e for s, e in differences.items() if e["n"] != 1 and e.get("p_holm", 0.0) < LEVEL}
     above = tuple(s for s, e in known.items() if e["low"] > 0)
     below = tuple(s for s, e in known.items() if e["high"] < 0)
     return Verdict(above, below, tuple(s for s in differences if s not in above + below))
-
-
-def walk(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Estimate]]:
-    """Every estimate in a tree of objects, with where it lies."""
-    if isinstance(tree, Mapping):
-        if {"mean", "low", "high", "n"} <= tree.keys():
-            yield place, tree
-        else:
-            for key, value in tree.items():
-                yield from walk(value, (*place, key))
 
 
 def series(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
@@ -192,7 +186,7 @@ def _of_pairs(found: Found, places: Sequence[Place], more: str, less: str) -> It
     for a, b in pairs(found):
         one, other = found.looks[a].label, found.looks[b].label
         words = Words(one, f"{more} {other}", f"{less} {other}", f"is not told apart from {other}")
-        yield from _said(found, {p: decide(differences(found, a, b, p)) for p in places}, words)
+        yield from _said(found, {p: differences(found, a, b, p) for p in places}, words)
 
 
 def _of_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
@@ -200,14 +194,14 @@ def _of_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
         one, other = found.looks[a].label, found.looks[b].label
         same = f"is not shown to lose more or less than {other}"
         words = Words(one, f"loses more than {other}", f"loses less than {other}", same)
-        yield from _said(found, {p: decide(differences(found, a, b, ("gap", *p))) for p in places}, words)
+        yield from _said(found, {p: differences(found, a, b, ("gap", *p)) for p in places}, words)
 
 
 def _of_lone_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
     for policy, look in found.looks.items():
         more, less = "does worse than in distribution", "does better than in distribution"
         words = Words(look.label, more, less, "is not shown to do better or worse than in distribution")
-        yield from _said(found, {p: decide(gaps(found, p).get(policy, {})) for p in places}, words)
+        yield from _said(found, {p: gaps(found, p).get(policy, {}) for p in places}, words)
 
 
 def _of_heads(found: Found) -> Iterator[str]:
@@ -215,7 +209,7 @@ def _of_heads(found: Found) -> Iterator[str]:
         one, other = found.looks[a].label, found.looks[b].label
         words = Words(one, f"beats {other}", f"loses to {other}", f"and {other} are not told apart")
         margins = {s: dict(e) | {k: e[k] - 0.5 for k in ("mean", "low", "high")} for s, e in held.items()}
-        yield from _said(found, {("head-to-head comparison",): decide(margins)}, words)
+        yield from _said(found, {("head-to-head comparison",): margins}, words)
 
 
 def _bargains(found: Found, best: Place | None, varied: Place | None) -> Iterator[str]:
@@ -234,17 +228,40 @@ def _bargains(found: Found, best: Place | None, varied: Place | None) -> Iterato
             )
 
 
-def _said(found: Found, verdicts: Mapping[Place, Verdict], words: Words) -> Iterator[str]:
+def _said(found: Found, held: Mapping[Place, BySplit], words: Words) -> Iterator[str]:
     """One sentence for all measures that say the same; the split `all` holds the others, so it is not counted in."""
     for whole in (True, False):
-        told: dict[Verdict, list[Place]] = {}
-        for place, verdict in verdicts.items():
-            part = Verdict(*(tuple(s for s in side if (s == ALL) == whole) for side in verdict))
-            if any(part):
-                told.setdefault(part, []).append(place)
-        for verdict, places in told.items():
+        told: dict[tuple[Verdict, float], list[Place]] = {}
+        for place, by_split in held.items():
+            part = {s: e for s, e in by_split.items() if (s == ALL) == whole}
+            if part:
+                family = max(e.get("family", 1) for e in part.values())
+                told.setdefault((decide(part), family), []).append(place)
+        for (verdict, family), places in told.items():
             scope = "over all prompts " if whole else ""
-            yield f"By {_names(places)}, {scope}{words.subject} {_sides(found, verdict, words)}."
+            many = f", after Holm's correction for {family} comparisons" if family > 1 else ""
+            open_ = [held[place][s] for place in places for s in verdict.undecided]
+            yield (
+                f"By {_names(places)}, {scope}{words.subject} {_sides(found, verdict, words)}{many}"
+                f"{_advice(open_, 'seeds' if found.results['seeds'] else 'prompts')}."
+            )
+
+
+def _advice(undecided: Sequence[Estimate], items: str) -> str:
+    """How many prompts, or seeds, would settle differences as large as those seen."""
+    sizes = sorted(
+        e.get("n_needed", math.inf) for e in undecided if "p_holm" in e and e["mean"] and e["low"] < e["high"]
+    )
+    if not sizes:
+        return ""
+    least, most = (
+        "more than a million" if n == math.inf else f"{float(f'{n:.2g}'):,.0f}" for n in (sizes[0], sizes[-1])
+    )
+    about = "" if sizes[0] == math.inf else "about "
+    if len(sizes) == 1 or least == most:
+        these = "a difference of this size" if len(sizes) == 1 else "differences of these sizes"
+        return f"; {about}{least} {items} would settle {these}"
+    return f"; {about}{least} to {most} {items} would settle differences of these sizes"
 
 
 def _sides(found: Found, verdict: Verdict, words: Words) -> str:

@@ -17,13 +17,13 @@ def outcomes(a_BN: np.ndarray, b_BM: np.ndarray) -> np.ndarray:
     return ((margin_BNM > 0) + 0.5 * (margin_BNM == 0)).mean((1, 2))
 
 
-def comparisons(judged: Mapping[str, Mapping[str, np.ndarray]], resamples: int) -> list[dict[str, Any]]:
+def comparisons(judged: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
     """Head to head on each split: how often a's response beats b's to the same prompt.
 
     `judged` is policy -> split -> the judge's values [B, N].
     """
     return [
-        {"split": split, "a": a, "b": b, "win_rate": win_rate(outcomes(judged[a][split], judged[b][split]), resamples)}
+        {"split": split, "a": a, "b": b, "win_rate": win_rate(outcomes(judged[a][split], judged[b][split]))}
         for b, a in combinations(judged, 2)
         for split in judged[a]
         if split in judged[b] and len(judged[a][split]) == len(judged[b][split])

@@ -114,7 +114,7 @@ def read_results(workdir: Path) -> Found:
         raise UserError(f"{path}: no policies in it; `jaxrlhf evaluate` writes it anew")
     empty: dict[str, Any] = {key: {} for key in ("config", "sampling", "generalisation_gap", "diversity_by_length")}
     empty |= {"differences": [], "comparisons": [], "task": "", "judge": "", "judge_report": {}}
-    empty |= {"compared": {}, "differing": {}, "sweep": {}, "remarks": []}
+    empty |= {"compared": {}, "differing": {}, "sweep": {}, "remarks": [], "seeds": [], "missing": []}
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
     known = {"sft": "SFT", "bon": f"best-of-{n}", "ppo": "PPO"}
@@ -163,6 +163,11 @@ def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     for fact, text in FACTS:
         if all(keys.get(key) for key in re.findall(r"\{(.*?)\}", text)):
             yield fact, re.sub(r"\{(.*?)\}", lambda match: keys[match[1]], text)
+    if results["seeds"]:
+        yield (
+            "seeds",
+            f"{', '.join(map(str, results['seeds']))}: every number is a mean over them, n is how many there are",
+        )
     bon = results["sampling"].get("bon", {})
     if {"best_of", "pool"} <= bon.keys():
         how = "drawn again and again from a pool of" if shares(results) else "each time others, out of"
@@ -233,6 +238,9 @@ def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
         yield "Head-to-head win rates: results.json has no comparisons."
     if not shown["config"]:
         yield "Configuration: neither results.json nor config.json has one."
+    for gone in found.results["missing"]:
+        seeds = ", ".join(map(str, gone["seeds"]))
+        yield f"Mean over seeds of {gone['at']}: {gone['why']} (seeds: {seeds})."
     stages: Sequence[str] = [title for title in STAGES.values() if title not in shown["curves"]]
     if stages:
         yield f"Training curves ({', '.join(stages)}): no metrics.jsonl there."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrlhf.evaluation import generalisation, judge, measures, outputs, variety
+from jaxrlhf.evaluation import generalisation, judge, measures, outputs, significance, variety
 from jaxrlhf.evaluation.judge import Judge, Match
 from jaxrlhf.evaluation.measures import WIN_RATE, Measured, against_each_other
 from jaxrlhf.evaluation.statistics import Estimate, win_rate
@@ -66,6 +66,13 @@ def evaluate_outputs(
             m.longer = {k: _longer(found.responses[k], held[k]) for k in keys if k in held} | longer.get(name, {})
         texts[name][split] = [found.responses[k] for k in keys]
     cuts = variety.add(measured, texts, variety.Options(paper_compat, cut_words, sentence_encoder, nli_model))
+    heads = [
+        {"split": s, "a": match.a, "b": match.b, "win_rate": win_rate(np.array(part))}
+        for match, won in compared
+        if match.b != "reference"
+        for s in _splits(answers[match.a].dataset.values())
+        if (part := [o for k, o in won.items() if s in ("all", answers[match.a].dataset[k])])
+    ]
     found = {
         "schema": 1,
         "task": "outputs",
@@ -81,13 +88,7 @@ def evaluate_outputs(
             "nli_model": nli_model,
         },
         **_estimates(measured, samples, cuts, resamples),
-        "comparisons": [
-            {"split": s, "a": match.a, "b": match.b, "win_rate": win_rate(np.array(part), resamples)}
-            for match, won in compared
-            if match.b != "reference"
-            for s in _splits(answers[match.a].dataset.values())
-            if (part := [o for k, o in won.items() if s in ("all", answers[match.a].dataset[k])])
-        ],
+        "comparisons": significance.corrected(heads, null=0.5),
     }
     if not annotations and not judged_by:
         del found["judge"]
@@ -113,9 +114,9 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     options = variety.Options(c.paper_compat, c.cut_words, c.sentence_encoder, c.nli_model)
     cuts = variety.add(measured, texts, options)
     if judge.reads_texts(c.judge):
-        heads, told = _judge_samples(samples, measured, c.text_judge, workdir, resamples)
+        heads, told = _judge_samples(samples, measured, c.text_judge, workdir)
     else:
-        heads, told = generalisation.comparisons(judged, resamples), {}
+        heads, told = generalisation.comparisons(judged), {}
     drawn = {policy: len(next(iter(splits.values()))[0]["responses"]) for policy, splits in samples.items()}
     found = {
         "schema": 1,
@@ -125,7 +126,7 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
         "config": read_json(workdir / "config.json"),
         "sampling": {p: read_json(i) for p in samples if (i := workdir / "samples" / p / "info.json").exists()},
         **_estimates(measured, drawn, cuts, resamples),
-        "comparisons": heads,
+        "comparisons": significance.corrected(heads, null=0.5),
     }
     write_json(workdir / "results.json", found)
     return found
@@ -147,7 +148,7 @@ def _judge_outputs(
 
 
 def _judge_samples(
-    samples: Mapping[str, Samples], measured: Policies, judged_by: Judge, workdir: Path, resamples: int
+    samples: Mapping[str, Samples], measured: Policies, judged_by: Judge, workdir: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Adds each policy's win rates against the reference to `measured`; returns the comparisons head to head."""
     matches = [
@@ -167,7 +168,7 @@ def _judge_samples(
         if won and match.b == "reference":
             measured[match.a][match.split].add_mean(WIN_RATE, list(won), list(won.values()))
         elif won:
-            rate = win_rate(np.array(list(won.values())), resamples)
+            rate = win_rate(np.array(list(won.values())))
             heads.append({"split": match.split, "a": match.a, "b": match.b, "win_rate": rate})
     return heads, told
 
@@ -193,6 +194,11 @@ def _estimates(
         if split != "id" and "id" in measured[a] and "id" in measured[b]:
             told["gap"] = measures.gap_differences(measured[a], measured[b], split, resamples)
         differences.append(told)
+    gaps = {
+        policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if split != "id"}
+        for policy, splits in measured.items()
+        if "id" in splits
+    }
     return {
         "policies": {
             policy: {
@@ -202,12 +208,8 @@ def _estimates(
             }
             for policy, splits in measured.items()
         },
-        "generalisation_gap": {
-            policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if split != "id"}
-            for policy, splits in measured.items()
-            if "id" in splits
-        },
-        "differences": differences,
+        "generalisation_gap": significance.corrected_gaps(gaps),
+        "differences": significance.corrected(differences),
         "diversity_by_length": variety.by_length(measured, resamples),
     }
 
