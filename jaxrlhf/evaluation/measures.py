@@ -16,7 +16,8 @@ from jaxrlhf.evaluation.statistics import Estimate, blocks, difference_estimate,
 Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",), ("diversity", "per_input", "ead")
 Tree = dict[str, Any]
 WIN_RATE: Place = ("win_rate",)
-GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",))
+PROXY: Place = ("proxy_score",)
+GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",), PROXY)
 CUT = "_cut"  # ends the name of a metric of texts that were cut to one length
 LIMITS = {
     "ead": (0.0, math.inf),

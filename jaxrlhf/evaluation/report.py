@@ -309,7 +309,9 @@ def _rows(found: Found) -> Iterator[tuple[str, str, str, Estimate]]:
             measure = figures.label(place[1:]) if place[0] == "gap" else figures.label(place)
             yield pair, d["split"], f"difference in the gap in {measure}" if place[0] == "gap" else measure, e
     for c in found.results["comparisons"]:
-        yield c["a"], c["split"], f"wins against {names.get(c['b'], c['b'])}", c["win_rate"]
+        for place, e in findings.walk(c):
+            what = "wins" if place == ("win_rate",) else figures.label(place)
+            yield c["a"], c["split"], f"{what} against {names.get(c['b'], c['b'])}", e
     for place, e in findings.walk(found.results["judge_report"]):
         yield "the judge", ALL, figures.label(place), e
 
