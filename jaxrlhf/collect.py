@@ -84,6 +84,7 @@ def _rows(
             "prompt": record["prompt"],
             "reference": record["response"],
             "responses": [drawn.texts[b][j] for j in picked],
+            "finished": [bool(drawn.finished_BN[b, j]) for j in picked],
             "scores": [round(float(drawn.scores_BN[b, j]), 6) for j in picked],
             **references[b],
         }

@@ -190,7 +190,8 @@ class Evaluation:
     """What is measured and how sure it is."""
 
     # Who decides win rates against the reference and head to head: gold | reward (the scores that samples carry) |
-    # length (the longer response, a baseline) | openai:MODEL (a server that speaks the OpenAI chat API).
+    # length (the longer response, a baseline) | openai:MODEL (a server that speaks the OpenAI chat API) |
+    # reward:DIRECTORY (another run's reward model, by its workdir, or a Hugging Face directory's).
     judge: str = "gold"
     judge_base_url: str = "https://api.openai.com/v1"
     judge_template: str = "tldr"  # tldr | cnndm | instructions | a file with {prompt}, {answer_1} and {answer_2}

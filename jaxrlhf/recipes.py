@@ -122,7 +122,10 @@ def _check(e: Experiment) -> None:
     if reads_texts(e.evaluation.judge):
         check(e.evaluation.text_judge)
     elif e.evaluation.judge not in ("gold", "reward"):
-        raise UserError(f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward, length, openai:MODEL")
+        raise UserError(
+            f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward, length, openai:MODEL, "
+            "reward:DIRECTORY"
+        )
     if e.evaluation.judge == "gold" and e.task != "world":
         raise UserError("config.evaluation.judge='gold': only the embedded world has a gold judge; take 'reward'")
 

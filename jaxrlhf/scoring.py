@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf import config as configs
 from jaxrlhf import hub, model, policies, sharding, weights
-from jaxrlhf.data import batches, tokens
+from jaxrlhf.data import batches, task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json
 from jaxrlhf.split import split
@@ -102,6 +103,29 @@ def load(directory: Path, mesh: jax.sharding.Mesh | None = None) -> RewardModel:
         raise UserError(f"{directory}: its tokenizer has {tokenizer.size} ids, its embeddings {arch.vocab_size} rows")
     frozen, top = split(params, 0)
     return RewardModel(arch, frozen, Scorer(top=top, head=head), tokenizer)
+
+
+def of_directory(directory: Path) -> RewardModel:
+    """The reward model of a Hugging Face directory, or of a workdir, normalised as its own run has it.
+
+    Raises:
+      UserError: there is none, a part of it is wrong, or the workdir's stage `reward` is not finished.
+    """
+    path = directory / "config.json"
+    found = read_json(path) if path.exists() else {}
+    if "model_type" in found:
+        return load(directory)
+    if "reward" not in found:
+        raise UserError(
+            f"{directory}: no reward model in it; expected a Hugging Face directory, or a workdir whose stage 'reward' "
+            "is finished"
+        )
+    config = configs.read(path)
+    run = Run(config, directory, task.Task(task.tokenizer(config, directory)), "")
+    if not run.finished("reward"):
+        raise UserError(f"{directory}: stage 'reward' is not finished; run `jaxrlhf reward` there first")
+    reward = of_run(run)
+    return RewardModel(run.arch, run.base[0], reward, run.task.tokenizer) if isinstance(reward, Scorer) else reward
 
 
 def score_texts(

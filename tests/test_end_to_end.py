@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from jaxrlhf import config, model, ppo, scoring, weights
 from jaxrlhf.data import task, tokens, world
+from jaxrlhf.evaluation import results
 from jaxrlhf.experiment import Run, base_params
+from jaxrlhf.files import UserError
 from jaxrlhf.main import main
 from jaxrlhf.sampling import Generation, sample
 
@@ -200,6 +203,28 @@ def test_an_exported_reward_model_scores_as_the_run_did(workdir, exported):
     found = scoring.score_texts(scoring.load(exported / "reward"), prompts, responses)
     assert len(found) > 5
     assert max(abs(a - b) for a, b in zip(found, scores, strict=True)) < 1e-4
+
+
+def test_a_workdir_as_a_judge_scores_as_its_run_did(workdir, tmp_path):
+    """Responses that did not end by themselves, too; and with win rates of the scores, of all pairs."""
+    for part in ("samples", "config.json"):
+        (shutil.copytree if part == "samples" else shutil.copyfile)(workdir / part, tmp_path / part)
+    c = config.read(workdir / "config.json")
+    by = {"own": "reward", "proxy": f"reward:{workdir}"}
+    found = {
+        name: results.evaluate_samples(tmp_path, replace(c, evaluation=replace(c.evaluation, judge=judge)))
+        for name, judge in by.items()
+    }
+    assert not all(all(r["finished"]) for r in rows_of(workdir))
+    for policy in POLICIES:
+        for split in SPLITS:
+            own, proxy = (found[name]["policies"][policy][split] for name in by)
+            assert proxy["proxy_score"]["mean"] == pytest.approx(own["score"]["mean"], abs=1e-4)
+            # Of equal texts, the run's own scores can differ in the last digit.
+            assert proxy["win_rate"]["mean"] == pytest.approx(own["win_rate"]["mean"], abs=0.02)
+    (tmp_path / "reward").mkdir()
+    with pytest.raises(UserError, match="stage 'reward' is not finished"):
+        scoring.of_directory(tmp_path)
 
 
 def test_an_export_overwrites_nothing_of_others(workdir, tmp_path, capsys):

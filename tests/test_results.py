@@ -9,6 +9,7 @@ import pytest
 from jaxrlhf.config import Evaluation, Experiment
 from jaxrlhf.evaluation import results
 from jaxrlhf.evaluation.generalisation import comparisons, outcomes
+from jaxrlhf.evaluation.length_bias import length_controlled
 from jaxrlhf.evaluation.measures import Measured, differences, gap, gap_differences
 from jaxrlhf.files import UserError
 
@@ -100,8 +101,11 @@ def test_outcomes_by_hand():
 
 def test_comparisons_by_hand():
     judged = {"a": {"id": np.array([[1.0], [2.0]])}, "b": {"id": np.array([[2.0], [2.0]])}}
-    (found,) = comparisons(judged)
+    characters = {"a": {"id": np.array([10.0, 2.5])}, "b": {"id": np.array([7.0, 9.5])}}
+    (found,) = comparisons(judged, characters, 100)
     assert (found["a"], found["b"], found["win_rate"]["mean"]) == ("b", "a", 0.75)
+    assert found["length_controlled"] == length_controlled(np.array([1.0, 0.5]), np.array([-3.0, 7.0]), 100)
+    assert "win_rate_by_length" not in found  # two prompts have no thirds
 
 
 def golds(**values):

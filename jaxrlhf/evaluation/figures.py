@@ -64,6 +64,7 @@ LABELS: dict[Place, str] = {
     ("length_controlled",): "length-controlled win rate",
     ("gold",): "gold reward",
     ("score",): "reward-model score",
+    ("proxy_score",): "proxy score, by the judge",
     ("length",): "length (words)",
 }
 # Not the reader's matplotlibrc: the picture is the same on every machine.

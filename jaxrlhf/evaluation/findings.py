@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.evaluation.figures import METRICS, SCOPES, Estimate, Look, label
-from jaxrlhf.evaluation.measures import CUT, Place, against_each_other, walk
+from jaxrlhf.evaluation.measures import CUT, PROXY, Place, against_each_other, walk
 from jaxrlhf.evaluation.significance import LEVEL
 
 BySplit = Mapping[str, Estimate]
-SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length"}
-PERFORMANCE: tuple[Place, ...] = (("win_rate",), ("gold",), ("score",))  # the first that is there speaks for it
+SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length", PROXY: "proxy score"}
+PERFORMANCE: tuple[Place, ...] = (("win_rate",), ("gold",), ("score",), PROXY)  # the first that is there speaks for it
 VARIED = ("is more diverse than", "is less diverse than")
 ALL = "all"  # the split that holds all others
 
@@ -79,12 +79,12 @@ def gaps(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
     return {policy: splits for policy, splits in held.items() if splits}
 
 
-def heads(found: Found) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """(a, b) -> split -> how often a's response is judged better than b's."""
+def heads(found: Found, part: str = "win_rate") -> dict[tuple[str, str], dict[str, Estimate]]:
+    """(a, b) -> split -> how often a's response is judged better than b's, or would be at equal length."""
     held: dict[tuple[str, str], dict[str, Estimate]] = {}
     for c in found.results["comparisons"]:
-        if {c["a"], c["b"]} <= found.looks.keys() and c["split"] in found.splits:
-            held.setdefault((c["a"], c["b"]), {})[c["split"]] = c["win_rate"]
+        if {c["a"], c["b"]} <= found.looks.keys() and c["split"] in found.splits and part in c:
+            held.setdefault((c["a"], c["b"]), {})[c["split"]] = c[part]
     return held
 
 
@@ -205,11 +205,16 @@ def _of_lone_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
 
 
 def _of_heads(found: Found) -> Iterator[str]:
-    for (a, b), held in heads(found).items():
+    parts = {("head-to-head comparison",): "win_rate", ("comparison at equal length",): "length_controlled"}
+    by_part = {place: heads(found, part) for place, part in parts.items()}
+    for a, b in heads(found):
         one, other = found.looks[a].label, found.looks[b].label
         words = Words(one, f"beats {other}", f"loses to {other}", f"and {other} are not told apart")
-        margins = {s: dict(e) | {k: e[k] - 0.5 for k in ("mean", "low", "high")} for s, e in held.items()}
-        yield from _said(found, {("head-to-head comparison",): margins}, words)
+        yield from _said(found, {p: _from_half(h[a, b]) for p, h in by_part.items() if (a, b) in h}, words)
+
+
+def _from_half(held: BySplit) -> dict[str, Estimate]:
+    return {s: dict(e) | {k: e[k] - 0.5 for k in ("mean", "low", "high")} for s, e in held.items()}
 
 
 def _bargains(found: Found, best: Place | None, varied: Place | None) -> Iterator[str]:

@@ -25,7 +25,8 @@ from jaxrlhf.evaluation.statistics import (
 Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",), ("diversity", "per_input", "ead")
 Tree = dict[str, Any]
 WIN_RATE: Place = ("win_rate",)
-GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",))
+PROXY: Place = ("proxy_score",)
+GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",), PROXY)
 CUT = "_cut"  # ends the name of a metric of texts that were cut to one length
 LIMITS = {
     "win_rate": (0.0, 1.0),
