@@ -22,6 +22,14 @@ TX = optax.adam(0.1)
 LOOP = Loop(steps=9, log_every=2, eval_every=0, save_every=3, keep=2)
 
 
+@pytest.fixture(autouse=True)
+def _listening():
+    """What is started in the background of a script, as these tests may be, ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start() -> TrainState:
     params = {"w_D": jnp.arange(3, dtype=jnp.float32)}
     return optim.new_state(TX, params, sharding.make_mesh(Mesh()), kl_coef=jnp.float32(0.1))

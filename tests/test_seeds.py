@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report_workdirs import around, recipe_results
 
-from jaxrlhf.evaluation import findings, report, seeds
+from jaxrlhf.evaluation import findings, pictures, seeds
 from jaxrlhf.files import UserError, write_json
 from jaxrlhf.main import main
 
@@ -116,7 +116,7 @@ def workdirs(tmp_path):
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "_pictures", lambda found, accuracy: {})
+    monkeypatch.setattr(pictures, "draw", lambda found, accuracy: {})
     runs = workdirs(tmp_path)
     assert main(["jaxrlhf", "report", f"--workdir={tmp_path / 'all'}", *runs]) == 0
     assert main(["jaxrlhf", "report", f"--workdir={tmp_path / 'all'}", *runs]) == 0
