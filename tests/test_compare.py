@@ -51,10 +51,8 @@ def test_differences_are_paired_by_prompt(tmp_path):
     apart = np.subtract(GOLD["b"], GOLD["a"])  # two answers each: g + 0.5 and g - 0.5, so their mean is g
     assert d["gold"]["mean"] == pytest.approx(apart.mean())
     assert d["gold"]["n"] == 3
-    spread = np.std(apart, ddof=1)  # unpaired, the interval would be several times as wide
-    assert (
-        apart.mean() - 4 * spread < d["gold"]["low"] < d["gold"]["mean"] < d["gold"]["high"] < apart.mean() + 4 * spread
-    )
+    half = 4 * np.std(apart, ddof=1)  # unpaired, the interval would be several times as wide
+    assert apart.mean() - half < d["gold"]["low"] < d["gold"]["mean"] < d["gold"]["high"] < apart.mean() + half
     # Three wins against the reference at 0 where g > 0.5, a draw counts half: a 0.75, 0, 1; b 1, 0, 1.
     assert d["win_rate"]["mean"] == pytest.approx(0.25 / 3)
     assert d["score"]["mean"] == 0

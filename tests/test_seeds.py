@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report_workdirs import around, recipe_results
 
-from jaxrlhf.evaluation import findings, pictures, seeds
+from jaxrlhf.evaluation import findings, pictures, report, seeds
 from jaxrlhf.files import UserError, write_json
 from jaxrlhf.main import main
 
