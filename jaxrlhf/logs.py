@@ -21,8 +21,12 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def progress(title: str, total: int, done: int = 0) -> tqdm:
-    """A bar on standard error with the time left; in a log that is no terminal, a line every ten seconds or so."""
+def progress(title: str, total: int, done: int = 0, delay: float = 0.0, unit: str = "") -> tqdm:
+    """A bar on standard error with the time left; in a log that is no terminal, a line every ten seconds or so.
+
+    With a `delay`, what is done within so many seconds shows no bar, and no bar stays behind. Large numbers of a `unit`
+    are shown in thousands and millions.
+    """
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -30,8 +34,12 @@ def progress(title: str, total: int, done: int = 0) -> tqdm:
         desc=title,
         file=sys.stderr if terminal else _Lines(),
         mininterval=0.5 if terminal else 10,
+        delay=delay,
+        leave=not delay,
         dynamic_ncols=terminal,
         ncols=None if terminal else 100,
+        unit=f" {unit}" if unit else "it",
+        unit_scale=bool(unit),
     )
 
 
