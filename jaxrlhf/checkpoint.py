@@ -133,7 +133,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _read(directory: Path, step: int, meta: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(create=False)  # read_only=True would put three warnings on the terminal
     # Without a limit all leaves are on their way at once, each held twice. It must exceed the largest one.
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(items))
     handlers: dict[str, Any] = {"meta": ocp.JsonCheckpointHandler()}
