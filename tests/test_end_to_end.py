@@ -222,7 +222,8 @@ def test_a_workdir_as_a_judge_scores_as_its_run_did(workdir, tmp_path):
             own, proxy = (found[name]["policies"][policy][split] for name in by)
             apart.append(abs(proxy["proxy_score"]["mean"] - own["score"]["mean"]))
             # Of equal texts, the run's own scores can differ in the last digit.
-            assert proxy["win_rate"]["mean"] == pytest.approx(own["win_rate"]["mean"], abs=0.02)
+            # One response of 48 may also win where the other scoring loses.
+            assert proxy["win_rate"]["mean"] == pytest.approx(own["win_rate"]["mean"], abs=0.03)
     # A policy that is hardly trained may draw the padding token, which no text spells.
     assert sum(a > 1e-4 for a in apart) <= 1
     assert max(apart) < 0.01
