@@ -206,7 +206,7 @@ def test_an_exported_reward_model_scores_as_the_run_did(workdir, exported):
 
 
 def test_a_workdir_as_a_judge_scores_as_its_run_did(workdir, tmp_path):
-    """Responses that did not end by themselves, too; and with win rates of the scores, of all pairs."""
+    """Responses that did not end by themselves, too."""
     for part in ("samples", "config.json"):
         (shutil.copytree if part == "samples" else shutil.copyfile)(workdir / part, tmp_path / part)
     c = config.read(workdir / "config.json")
@@ -221,9 +221,6 @@ def test_a_workdir_as_a_judge_scores_as_its_run_did(workdir, tmp_path):
         for split in SPLITS:
             own, proxy = (found[name]["policies"][policy][split] for name in by)
             apart.append(abs(proxy["proxy_score"]["mean"] - own["score"]["mean"]))
-            # Of equal texts, the run's own scores can differ in the last digit.
-            # One response of 48 may also win where the other scoring loses.
-            assert proxy["win_rate"]["mean"] == pytest.approx(own["win_rate"]["mean"], abs=0.03)
     # A policy that is hardly trained may draw the padding token, which no text spells.
     assert sum(a > 1e-4 for a in apart) <= 1
     assert max(apart) < 0.01
