@@ -83,7 +83,8 @@ def _trained(told: Told) -> Iterator[str]:
 
 def _facts(told: Told) -> Iterator[tuple[str, str]]:
     c = told.config
-    yield "base", safe(told.base) or ("an imported model" if c.model.init else f"pretrained here: {c.pretrain.init}")
+    own = "pretrained here" if c.pretrain.init == "scratch" else f"{c.pretrain.init}, shipped with jaxrlhf"
+    yield "base", safe(told.base) or ("an imported model" if c.model.init else own)
     yield "frozen", f"{c.model.freeze_layers:g} of the layers, from the bottom, with embeddings and output head"
     yield "lengths", f"{c.model.prompt_length} tokens of prompt, {c.model.response_length} of response"
     if c.task == "files":

@@ -290,3 +290,11 @@ def test_a_tokenizer_that_begins_texts_with_a_space(tmp_path):
     pairs = [{"prompt": "a", "response": r} for r in (" b", "b")]  # "ab" is one word as a text
     found = batches.cut({"x": pairs}, tokenizer, 9, 9, fields=("response",))
     assert found["join_mismatch"] == {"x": 1}
+
+
+def test_half_a_character_is_a_replacement_character():
+    tokenizer = tokens.bpe_tokenizer(["what \ufffd is", "a text"], 300)
+    whole = "a \U0001f600 text"
+    assert tokenizer.decode(tokenizer.encode("a \ud83d text")) == "a \ufffd text"
+    assert tokenizer.decode(tokenizer.encode(whole)) == whole
+    assert tokenizer.encode_joined(["\ud83d"], [" is"]) == [tokenizer.encode("\ufffd is")]

@@ -56,11 +56,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end-of-text token; special tokens' names in the text are plain text."""
-        return self.engine.encode(text, add_special_tokens=False).ids
+        return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as `encode` gives them, on all cores."""
-        return [found.ids for found in self.engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        whole = [_without_surrogates(text) for text in texts]
+        return [found.ids for found in self.engine.encode_batch_fast(whole, add_special_tokens=False)]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each prompt: of a text after the tokenizer's bos, of a chat with its template's special tokens."""
@@ -217,6 +218,11 @@ def _around(tokenizer: Tokenizer) -> tuple[str, str]:
 
 def _read(engine: Engine, text: str) -> Any:
     return engine.encode(text, add_special_tokens=False)
+
+
+def _without_surrogates(text: str) -> str:
+    """Half a character, which JSON can spell and UTF-8 cannot, as U+FFFD, the character for such."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _special(engine: Engine) -> set[int]:
