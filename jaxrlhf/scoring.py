@@ -120,10 +120,10 @@ def of_directory(directory: Path) -> RewardModel:
             f"{directory}: no reward model in it; expected a Hugging Face directory, or a workdir whose stage 'reward' "
             "is finished"
         )
+    if not (directory / "reward" / "summary.json").exists():
+        raise UserError(f"{directory}: stage 'reward' is not finished; run `jaxrlhf reward` there first")
     config = configs.read(path)
     run = Run(config, directory, task.Task(task.tokenizer(config, directory)), "")
-    if not run.finished("reward"):
-        raise UserError(f"{directory}: stage 'reward' is not finished; run `jaxrlhf reward` there first")
     reward = of_run(run)
     return RewardModel(run.arch, run.base[0], reward, run.task.tokenizer) if isinstance(reward, Scorer) else reward
 
