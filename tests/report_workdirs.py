@@ -222,3 +222,12 @@ def outputs_results(names, splits):
         "comparisons": [],
     }
     return results | {"differences": differences(results)}
+
+
+def estimates(tree):
+    """Every estimate in a tree of results."""
+    if isinstance(tree, dict) and "mean" in tree:
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from estimates(value)

@@ -11,6 +11,7 @@ from report_workdirs import (
     SPLITS,
     around,
     differences,
+    estimates,
     outputs_results,
     outputs_workdir,
     recipe_config,
@@ -100,14 +101,6 @@ def test_every_figure_is_in_the_page_and_in_its_folder(recipe):
     drawn |= {f"{scope}_{k}" for scope in ("per_input", "across_input") for k in ("ead", "distinct", "cosine")}
     assert drawn <= set(files)
     assert all(png.startswith(b"\x89PNG") and b"Software" not in png and b"tIME" not in png for png in files.values())
-
-
-def estimates(tree):
-    if isinstance(tree, dict) and "mean" in tree:
-        yield tree
-    elif isinstance(tree, dict | list):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from estimates(value)
 
 
 def test_every_number_of_the_results_is_shown(recipe):

@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from report_workdirs import around, recipe_results
+from report_workdirs import around, estimates, recipe_results
 
 from jaxrlhf.evaluation import explorer, report, tables
 from jaxrlhf.files import write_json
@@ -14,14 +14,6 @@ from jaxrlhf.files import write_json
 def found_of(tmp_path, results):
     write_json(tmp_path / "results.json", results)
     return report.read_results(tmp_path)
-
-
-def estimates(tree):
-    if isinstance(tree, dict) and "mean" in tree:
-        yield tree
-    elif isinstance(tree, dict | list):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from estimates(value)
 
 
 def test_csv_holds_every_number_in_full(tmp_path):
