@@ -1,7 +1,7 @@
 """Kirk et al. 2024, instruction following: AlpacaFarm, with AlpacaEval and Sequential Instructions as the far sets.
 
     jaxrlhf run --config=configs/alpacafarm.py --workdir=runs/alpacafarm
-    jaxrlhf run --config=configs/alpacafarm.py:smoke --workdir=runs/alpacafarm-smoke   # about a minute on 2 CPU cores
+    jaxrlhf run --config=configs/alpacafarm.py:smoke --workdir=runs/alpaca-smoke   # about a minute on 2 CPU cores
 
 SFT on the split `sft`, the reward model on the human preferences, PPO on the prompts of `unlabeled`. The argument names
 a model: llama-7b (the default), or `smoke`, a tiny LLaMA with random weights on generated instructions.

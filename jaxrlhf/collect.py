@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from jaxrlhf import policies, scoring
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, write_json, write_records
+from jaxrlhf.types import Top
 
 POLICIES = ("sft", "bon", "ppo")
 
@@ -23,13 +25,13 @@ def sample(run: Run) -> None:
             f"config.sampling.pool={c.pool} must be at least best_of={c.best_of} and samples_per_prompt="
             f"{c.samples_per_prompt}"
         )
-    reward = scoring.of_run(run)
+    reward, policy = scoring.of_run(run), cache(run.policy)  # each checkpoint is checked and read once
     folder = run.workdir / "samples"
     for i, (split, records) in enumerate(run.task.splits.items()):
         paths = {p: folder / p / f"{split}.jsonl" for p in POLICIES}
         references = _references(run, reward, records)
         if not (paths["sft"].exists() and paths["bon"].exists()):
-            pool = _respond(run, "sft", reward, records, c.pool, i)
+            pool = _respond(run, "sft", policy("sft"), reward, records, c.pool, i)
             first_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
             assert pool.scores_BN is not None
             rng = np.random.default_rng([run.seed("best of n"), i])
@@ -37,7 +39,7 @@ def sample(run: Run) -> None:
             write_records(paths["sft"], _rows(run, records, references, pool, first_BN))
             write_records(paths["bon"], _rows(run, records, references, pool, best_BN))
         if not paths["ppo"].exists():
-            drawn = _respond(run, "ppo", reward, records, c.samples_per_prompt, i)
+            drawn = _respond(run, "ppo", policy("ppo"), reward, records, c.samples_per_prompt, i)
             every_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
             write_records(paths["ppo"], _rows(run, records, references, drawn, every_BN))
     write_json(folder / "bon" / "info.json", {"best_of": c.best_of, "pool": c.pool})
@@ -46,12 +48,12 @@ def sample(run: Run) -> None:
 
 
 def _respond(
-    run: Run, stage: str, reward: scoring.Reward, records: Sequence, samples: int, index: int
+    run: Run, stage: str, top: Top, reward: scoring.Reward, records: Sequence, samples: int, index: int
 ) -> policies.Responses:
     split = list(run.task.splits)[index]
     return policies.respond(
         run,
-        run.policy(stage),
+        top,
         records,
         samples=samples,
         key=run.key(f"sample {stage}", index),

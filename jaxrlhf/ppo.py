@@ -233,7 +233,7 @@ def _check(run: Run, c: Ppo) -> None:
 def _value_head(run: Run, fixed: Fixed) -> ScalarHead:
     if fixed.scorer is not None and run.config.ppo.value_init == "reward":
         return fixed.scorer.head
-    return new_head(run) if run.config.ppo.value_init == "normal" else run.head()
+    return new_head(run, "value head") if run.config.ppo.value_init == "normal" else run.head()
 
 
 def _gold(run: Run, batch: PromptBatch, drawn: Sample) -> dict[str, float]:

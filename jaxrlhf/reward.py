@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_records, write_records
-from jaxrlhf.types import Frozen, PairBatch, ScalarHead, Scorer, TrainState
+from jaxrlhf.types import Frozen, PairBatch, ScalarHead, Scorer, Top, TrainState
 
 
 def loss(
@@ -62,7 +62,7 @@ def reward(run: Run) -> None:
         title=run.title,
         directory=run.directory("reward"),
         loop=c.loop,
-        state=optim.new_state(tx, Scorer(top=run.policy("sft"), head=new_head(run)), run.mesh),
+        state=optim.new_state(tx, Scorer(top=run.policy("sft"), head=new_head(run, "reward head")), run.mesh),
         meta=run.meta("reward"),
         step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
         ids=lambda i: batches.ids(pairs["train"], batch_size=c.batch_size, seed=run.seed("reward"))[i],
@@ -102,9 +102,9 @@ def _adopt(run: Run) -> None:
     )
 
 
-def new_head(run: Run) -> ScalarHead:
-    """A read-out drawn with standard deviation 1/sqrt(D + 1) (Stiennon et al. 2020), bias 0."""
-    w_D = jax.random.normal(run.key("reward head"), (run.arch.width,), jnp.float32) * (run.arch.width + 1) ** -0.5
+def new_head(run: Run, what: str) -> ScalarHead:
+    """A read-out drawn with standard deviation 1/sqrt(D + 1) (Stiennon et al. 2020), bias 0; `what` names its key."""
+    w_D = jax.random.normal(run.key(what), (run.arch.width,), jnp.float32) * (run.arch.width + 1) ** -0.5
     return sharding.place(ScalarHead(w_D=w_D, b=jnp.zeros((), jnp.float32)), run.mesh)
 
 
@@ -154,18 +154,18 @@ def preferences(run: Run, train: bool = True) -> Mapping[str, Sequence]:
         return run.task.preferences
     folder = run.directory("reward") / "preferences"
     sources = {"train": run.task.preference_prompts, **run.task.splits}
-    found = {}
+    found, policy = {}, cache(run.policy)  # the checkpoint is checked and read once
     for i, (split, records) in enumerate(sources.items()):
         path = folder / f"{split}.jsonl"
         if split == "train" and not train:
             continue
         if not path.exists():
-            write_records(path, _compare(run, split, records, i))
+            write_records(path, _compare(run, policy("sft"), split, records, i))
         found[split] = read_records(path)
     return found
 
 
-def _compare(run: Run, split: str, records: Sequence, index: int) -> list[dict[str, str]]:
+def _compare(run: Run, top: Top, split: str, records: Sequence, index: int) -> list[dict[str, str]]:
     """Pairs of one prompt's SFT samples, in the order that a simulated annotator prefers; equal texts are no pair."""
     gold, prefers_first = run.task.gold, run.task.prefers_first
     assert gold is not None
@@ -173,7 +173,7 @@ def _compare(run: Run, split: str, records: Sequence, index: int) -> list[dict[s
     samples = run.config.reward.samples_per_prompt
     drawn = policies.respond(
         run,
-        run.policy("sft"),
+        top,
         records,
         samples=samples,
         key=run.key("preferences", index),
