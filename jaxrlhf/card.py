@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxrlhf.config import Experiment, Optim
+from jaxrlhf.data.selection import main_prompt
 
 TITLES = {"sft": "SFT policy", "reward": "reward model", "ppo": "PPO policy"}
-TASKS = {"world": "generated forum posts to summarise, the embedded world of jaxrlhf", "files": "texts from files"}
+TASKS = {
+    "world": "generated forum posts to summarise, the embedded world of jaxrlhf",
+    "files": "texts from files",
+    "datasets": "public or own datasets",
+}
 HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MEASURES = ("win_rate", "gold", "score", "length")
 LIMITS = {
@@ -84,6 +89,10 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
     if c.task == "files":
         yield "prompt format", safe(c.files.prompt.replace("\n", "\\n"))
         yield "sources", safe(", ".join(c.files.id_sources))
+    if c.task == "datasets":
+        yield "prompt format", safe(main_prompt(c.datasets).replace("\n", "\\n"))
+        yield "datasets", safe(", ".join(dict.fromkeys((c.datasets.sft, c.datasets.preferences, *c.datasets.far))))
+        yield "in-distribution", f"split {c.datasets.split}, {c.datasets.subset:g} of its training records"
     examples = told.summaries["sft"].get("examples")
     yield "SFT", f"{c.sft.loop.steps} steps of {c.sft.batch_size}, {examples} demonstrations, {_optim(c.sft.optim)}"
     reward = told.summaries.get("reward", {})

@@ -7,8 +7,9 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -67,10 +68,11 @@ class Log:
             _forget_after(path, step)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line; a value that is not finite is left out rather than written as invalid JSON."""
-        finite = {k: float(v) for k, v in values.items() if math.isfinite(v)}
-        _append(self._metrics, {"step": step, **finite})
+    def metrics(self, step: int, values: Mapping[str, float | Sequence[str]]) -> None:
+        """Appends one line; a number that is not finite is left out rather than written as invalid JSON."""
+        names = {k: v for k, v in values.items() if isinstance(v, Sequence)}
+        finite = {k: float(v) for k, v in values.items() if not isinstance(v, Sequence) and math.isfinite(v)}
+        _append(self._metrics, {"step": step, **finite, **names})
         for name, value in finite.items():
             self._events.add_scalar(name, value, step)
 
@@ -84,7 +86,7 @@ class Log:
         self._events.close()
 
 
-def _append(path: Path, record: Mapping[str, float]) -> None:
+def _append(path: Path, record: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from jaxrlhf.files import Failure, UserError, read_json, write_json
+from jaxrlhf.files import Failure, Stopped, UserError
 from jaxrlhf.logs import say
 
 USAGE = """jaxrlhf COMMAND [flags]
@@ -29,6 +30,8 @@ USAGE = """jaxrlhf COMMAND [flags]
                               or --judge=reward:DIR, a reward model's [--judge_prompt=alpaca|chat|'…{instruction}…']
              for alpaca_eval: --export_alpaca_eval=FOLDER writes each as FOLDER/NAME/model_outputs.json
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
+             of several: jaxrlhf report --workdir=runs/all --compare=runs/a --compare=runs/b
+             over seeds: jaxrlhf report --workdir=runs/all --seeds=runs/s0 --seeds=runs/s1
   import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
   export     a trained model as a directory that transformers loads:
@@ -40,30 +43,41 @@ STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
 
 
 def console() -> None:
-    """The console script `jaxrlhf`: exit status 0 done, 2 the user's input is wrong, 1 anything else."""
-    status = main(sys.argv)
+    """The console script `jaxrlhf`: exit status 0 done or stopped, 2 the user's input is wrong, 1 anything else."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no step is under way: as Ctrl-C
+    status, whole = _status(sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
+    if not whole:
         os._exit(status)  # an interrupted compilation can crash the interpreter's own way out
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns its exit status."""
+    return _status(argv)[0]
+
+
+def _status(argv: list[str]) -> tuple[int, bool]:
+    """The exit status, and whether the command ended in a place of its own choosing."""
     # transformers is here for its tokenizers, which need no torch; without this it advises to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _dispatch(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2, False
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
-        return 1
+        return 1, False
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 0, True
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 1
-    return 0
+        # All that a recipe's stages write is whole or not there, so that being stopped between steps loses nothing.
+        resumes = len(argv) > 1 and argv[1] in ("run", *STAGES) and _has(argv, "config")
+        print("\nstopped; the same command goes on" if resumes else "\ninterrupted", file=sys.stderr)
+        return 0 if resumes else 1, False
+    return 0, True
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -82,7 +96,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "evaluate" and not _has(rest, "config"):
         _evaluate_outputs(rest)
     elif command == "report" and not _has(rest, "config"):
-        _report(_parse(rest, _values()).workdir)
+        _report(rest)
     else:
         _run_stages(command, rest)
 
@@ -163,10 +177,22 @@ def _judge_flag(key: str) -> str:
     return key if key == "max_requests" else f"judge_{key}"
 
 
-def _report(workdir: str) -> None:
-    from jaxrlhf.evaluation import report
+def _report(argv: list[str]) -> None:
+    from jaxrlhf.evaluation import compare, report, seeds
 
-    print(report.write_report(Path(workdir)))
+    values = _values()
+    flags.DEFINE_multi_string("seeds", [], "workdir of one of several seeds", flag_values=values)
+    flags.DEFINE_multi_string("compare", [], "a workdir with results", flag_values=values)
+    parsed = _parse(argv, values)
+    if parsed.compare and parsed.seeds:
+        raise UserError("--compare and --seeds are two reports; give one of them, each a --workdir of its own")
+    if parsed.compare:
+        compare.write_comparison(parsed.compare, Path(parsed.workdir))
+    if parsed.seeds:
+        missing = seeds.write_combined(parsed.seeds, Path(parsed.workdir))["missing"]
+        if missing:
+            say(f"{len(missing)} parts are not in every seed and have no mean over seeds; the report names them")
+    print(report.write_report(Path(parsed.workdir)))
 
 
 def _import(argv: list[str]) -> None:
@@ -198,6 +224,7 @@ def _export(argv: list[str]) -> None:
 
 def _run_stages(command: str, argv: list[str]) -> None:
     from jaxrlhf import recipes
+    from jaxrlhf.claim import claim
     from jaxrlhf.config import with_base
 
     values = _values()
@@ -209,7 +236,7 @@ def _run_stages(command: str, argv: list[str]) -> None:
     workdir = Path(str(values["workdir"].value))
     experiment = with_base(experiment, workdir)
     unclaimed = not (workdir / "config.json").exists()
-    _claim(workdir, experiment)
+    claim(workdir, experiment)
     stages = STAGES if command == "run" else (command,)
     from jaxrlhf import stages as runner
 
@@ -219,18 +246,3 @@ def _run_stages(command: str, argv: list[str]) -> None:
         if unclaimed and not any((workdir / s).exists() for s in (*STAGES, "samples")):
             (workdir / "config.json").unlink()  # nothing was made yet: the corrected config may have the workdir
         raise
-
-
-def _claim(workdir: Path, experiment: Any) -> None:
-    """Writes the resolved config, or makes sure that the workdir belongs to this one; `evaluation` may change."""
-    import json
-
-    from jaxrlhf.config import changes
-
-    resolved = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    path = workdir / "config.json"
-    if path.exists():
-        different = [c for c in changes(read_json(path), resolved) if not c.startswith("config.evaluation.")]
-        if different:
-            raise UserError(f"{workdir} belongs to another config ({different[0]}); take another --workdir")
-    write_json(path, resolved)

@@ -150,26 +150,20 @@ def update(
             c,
         )
 
-    def minibatch(carry: tuple, index_b: jax.Array) -> tuple[tuple, Metrics]:
-        params, opt_state = carry
+    def minibatch(state: TrainState, index_b: jax.Array) -> tuple[TrainState, Metrics]:
         mb = jax.tree.map(lambda x: x[index_b], rollout)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, mb)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, opt_state), metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, mb)
+        state, norm = optim.update(tx, value, grads, state)
+        return state, metrics | {"loss": value} | norm
 
     order_EB = jax.vmap(lambda k: jax.random.permutation(k, B))(jax.random.split(key, c.epochs))
-    carry, metrics = jax.lax.scan(
-        minibatch, (state.params, state.opt_state), order_EB.reshape(c.epochs * c.minibatches, B // c.minibatches)
-    )
+    state, metrics = jax.lax.scan(minibatch, state, order_EB.reshape(c.epochs * c.minibatches, B // c.minibatches))
     kl = ((rollout.logp_BR - rollout.ref_logp_BR) * rollout.response_mask_BR).sum(-1).mean()
     kl_coef = state.kl_coef
     if c.kl_target and kl_coef is not None:
-        kl_coef = losses.adapt_kl_coef(kl_coef, kl, c.kl_target, c.kl_horizon, B)
-    state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        step=state.step + 1, params=carry[0], opt_state=carry[1], kl_coef=kl_coef
-    )
-    return state, jax.tree.map(jnp.mean, metrics)
+        kl_coef = jnp.where(jnp.isfinite(kl), losses.adapt_kl_coef(kl_coef, kl, c.kl_target, c.kl_horizon, B), kl_coef)
+    state = state.replace(step=state.step + 1, kl_coef=kl_coef)  # pyright: ignore[reportAttributeAccessIssue]
+    return state, jax.tree.map(jnp.mean, metrics) | optim.left_out(state)
 
 
 def ppo(run: Run) -> None:
@@ -213,8 +207,9 @@ def ppo(run: Run) -> None:
         directory=run.directory("ppo"),
         loop=c.loop,
         state=state,
-        meta=run.meta,
+        meta=run.meta("ppo"),
         step=step,
+        ids=lambda i: batches.ids(run.task.ppo_prompts, batch_size=c.batch_size, seed=run.seed("ppo"))[i],
     )
     cut = batches.cut({"train": run.task.ppo_prompts}, tokenizer, **run.lengths)
     run.finish("ppo", {"steps": c.loop.steps, "prompts": len(run.task.ppo_prompts)} | cut)

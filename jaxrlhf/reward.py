@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, optim, policies, scoring, sharding, weights
+from jaxrlhf import hub, loop, losses, model, optim, policies, scoring, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
@@ -35,10 +35,9 @@ def step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the reward model's top and head."""
     grads, metrics = jax.grad(lambda scorer: loss(arch, frozen, scorer, batch), has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # pyright: ignore
-    return state, metrics | {"grad_norm": optax.global_norm(grads)}
+    state, norm = optim.update(tx, metrics["loss"], grads, state)
+    state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return state, metrics | norm | optim.left_out(state)
 
 
 def reward(run: Run) -> None:
@@ -64,8 +63,9 @@ def reward(run: Run) -> None:
         directory=run.directory("reward"),
         loop=c.loop,
         state=optim.new_state(tx, Scorer(top=run.policy("sft"), head=new_head(run)), run.mesh),
-        meta=run.meta,
+        meta=run.meta("reward"),
         step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
+        ids=lambda i: batches.ids(pairs["train"], batch_size=c.batch_size, seed=run.seed("reward"))[i],
         evaluate=lambda state: {
             f"accuracy_{s}": e["mean"] for s, e in accuracy(run, state.params, pairs)["accuracy"].items()
         },
@@ -86,7 +86,7 @@ def reward(run: Run) -> None:
 def _adopt(run: Run) -> None:
     """Takes a reward model from elsewhere: tries it on the splits' preferences, and normalises it."""
     init = run.config.reward.init
-    directory = weights.directory_of(init, "config.reward.init")
+    directory = hub.directory_of(init, "config.reward.init")
     found = scoring.load(directory, run.mesh)
     pairs = {s: p for s, p in preferences(run, train=False).items() if s != "train"}
     run.finish(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import config as configs
-from jaxrlhf import model, policies, sharding, weights
+from jaxrlhf import hub, model, policies, sharding, weights
 from jaxrlhf.data import batches, task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json
@@ -47,7 +47,7 @@ def of_run(run: Run) -> Reward:
     if not run.finished("reward"):
         raise UserError(f"{run.workdir}: stage 'reward' is not finished; run `jaxrlhf reward` first")
     found = read_json(run.directory("reward") / "summary.json")
-    directory = weights.directory_of(run.config.reward.init, "config.reward.init")
+    directory = hub.directory_of(run.config.reward.init, "config.reward.init")
     if sha256(directory) != found["sha256"]:
         raise UserError(f"config.reward.init={run.config.reward.init!r}: not the model that stage 'reward' normalised")
     reward = load(directory, run.mesh)

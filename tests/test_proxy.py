@@ -121,7 +121,7 @@ def test_from_the_command_line(tmp_path, directory):
     assert "win_rate_by_length" not in heads["far"]
     page = report.write_report(tmp_path / "w").read_text()
     assert "proxy score" in page
-    assert "length-controlled win rate against SFT" in page
+    assert "length-controlled win rate" in page
 
 
 def test_one_policy_without_a_reference_has_its_scores(tmp_path, directory):

@@ -124,7 +124,8 @@ def test_differences_are_paired_by_prompt_whatever_the_order():
     a, b = golds(p=1.0, q=300.0, r=-200.0, only_a=7.0), golds(r=-201.5, q=299.0, p=0.25, only_b=9.0)
     e = differences(a, b, 500)["gold"]
     assert (e["mean"], e["n"]) == (pytest.approx((0.75 + 1.0 + 1.5) / 3), 3)
-    assert 0.75 <= e["low"] <= e["high"] <= 1.5
+    assert -1 < e["low"] < 0.75
+    assert 1.5 < e["high"] < 3
     reverse = differences(b, a, 500)["gold"]
     assert (reverse["mean"], reverse["n"]) == (pytest.approx(-e["mean"]), 3)
 
@@ -211,7 +212,12 @@ def test_a_recipes_samples_by_hand(tmp_path):
         (s, "ppo", "sft") for s in ("id", "ood_a", "ood_b")
     ]
     d = found["differences"][1]
-    assert d["gold"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    assert {k: d["gold"][k] for k in ("mean", "low", "high", "n")} == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    # Two prompts that agree are a sign test with p = 2 / 4, and the same on 2 and on 3 prompts of the other splits.
+    assert [e["gold"]["p"] for e in found["differences"]] == [0.25, 0.5, 0.25]
+    assert [e["gold"]["p_holm"] for e in found["differences"]] == [0.75, 0.75, 0.75]
+    assert {c["win_rate"]["family"] for c in found["comparisons"]} == {3}
+    assert {e["family"] for p in found["generalisation_gap"].values() for s in p.values() for e in s.values()} == {4}
     assert d["diversity"]["across_input"]["ead"]["mean"] == d["gap"]["gold"]["mean"] == 0.0
     assert json.loads((tmp_path / "results.json").read_text()) == found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +46,13 @@ class Tokenizer:
     def size(self) -> int:
         """One more than the largest id."""
         return max(self.engine.get_vocab().values()) + 1
+
+    @property
+    def hash(self) -> str:
+        """Equal tokenizers, equal hashes."""
+        around = (self.chat.before, self.chat.after) if self.chat else ()
+        told = repr((self.engine.to_str(), self.pad_id, self.eos_id, self.bos, around))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end-of-text token; special tokens' names in the text are plain text."""
@@ -108,6 +117,7 @@ def pretrained(directory: Path) -> Tokenizer:
     """
     if not any((directory / name).exists() for name in FILES):  # transformers would make an empty one up
         raise UserError(f"{directory}: no tokenizer in it; expected tokenizer.json")
+    _check_sentencepiece(directory)
     from transformers import AutoTokenizer  # seconds to import, and needed here only
 
     try:
@@ -127,6 +137,15 @@ def pretrained(directory: Path) -> Tokenizer:
     eos_id = theirs.eos_token_id
     pad_id = eos_id if theirs.pad_token_id is None else theirs.pad_token_id
     return replace(_plain(engine), pad_id=pad_id, eos_id=eos_id, bos=tuple(full[:start]), theirs=theirs)
+
+
+def _check_sentencepiece(directory: Path) -> None:
+    """Without the package, transformers takes a SentencePiece file for one of tiktoken's, and asks for that package."""
+    if (directory / "tokenizer.json").exists() or importlib.util.find_spec("sentencepiece"):
+        return
+    for path in (directory / "tokenizer.model", directory / "spiece.model"):
+        if path.exists() and path.read_bytes()[:1] == b"\n":  # how its first field begins; tiktoken's files are base64
+            raise UserError(f"{path}: a SentencePiece tokenizer; pip install sentencepiece, which converts it")
 
 
 def save_files(tokenizer: Tokenizer, folder: Path, padding_side: str = "", pad: bool = False) -> Tokenizer:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxrlhf import shards
 from jaxrlhf.evaluation.encoders import ACTIVATIONS, POOLINGS, Architecture, Classifier, SentenceEncoder
 from jaxrlhf.files import UserError, read_json
 from jaxrlhf.types import Params
-from jaxrlhf.weights import _stored, _tensor
 
 FAMILIES: dict[str, dict[str, Any]] = {"bert": {"after_pad": False}, "roberta": {"after_pad": True}}
 # Fields of `Architecture`: their names in config.json.
@@ -250,7 +250,7 @@ def _params(
     directory: Path, arch: Architecture, head: dict[str, tuple[str, tuple[int, ...]]], opened_by: str
 ) -> Params:
     """Parameters as f32 arrays on the device, kernels as [inputs, outputs], the blocks' stacked by layer."""
-    stored = _stored(directory, opened_by)
+    stored = shards.stored(directory, opened_by)
     word = EMBEDDINGS["embed/tokens"]
     prefix = next((p for p in ("", *(f"{family}." for family in FAMILIES)) if p + word in stored), "")
     rows = _rows(arch, prefix) | _linear_rows(head)
@@ -289,7 +289,7 @@ def _linear_rows(linears: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str
 
 def _array(stored: Mapping[str, Path], name: str, shape: tuple[int, ...]) -> np.ndarray:
     path = stored[name]
-    array = _tensor(path, name)
+    array = shards.read(path, name)
     if array.shape != shape:
         raise UserError(f"{path}: tensor {name} is {list(array.shape)}; the config asks for {list(shape)}")
     if not jnp.issubdtype(array.dtype, jnp.floating):

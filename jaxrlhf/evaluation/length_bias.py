@@ -27,9 +27,7 @@ def estimates(won_B: np.ndarray, longer_B: np.ndarray, resamples: int) -> dict[s
     found: dict[str, Any] = {"length_controlled": length_controlled(won_B, longer_B, resamples)}
     if len(won_B) >= len(THIRDS):
         thirds = np.array_split(np.argsort(longer_B, kind="stable"), len(THIRDS))
-        found["win_rate_by_length"] = {
-            name: win_rate(won_B[third], resamples) for name, third in zip(THIRDS, thirds, strict=True)
-        }
+        found["win_rate_by_length"] = {name: win_rate(won_B[third]) for name, third in zip(THIRDS, thirds, strict=True)}
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 ORDERS = (1, 2, 3, 4, 5)
 
-_WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def words(text: str, paper_compat: bool = False) -> list[str]:
     """
     if paper_compat:
         return [w for w in text.replace(".", "").replace("\n", "").split(" ") if w]
-    return _WORDS.findall(text)
+    return WORDS.findall(text)
 
 
 def cut(text: str, most: int) -> str:

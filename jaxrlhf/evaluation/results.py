@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrlhf.evaluation import generalisation, judge, measures, outputs, proxy, variety
+from jaxrlhf.evaluation import generalisation, judge, measures, outputs, proxy, significance, variety
 from jaxrlhf.evaluation.judge import REWARD, Judge, Match
 from jaxrlhf.evaluation.measures import PROXY, WIN_RATE, Measured, against_each_other
 from jaxrlhf.evaluation.statistics import Estimate
@@ -73,6 +73,13 @@ def evaluate_outputs(
             m.add_mean(PROXY, keys, [float(scores[name][k].mean()) for k in keys])
         texts[name][split] = [found.responses[k] for k in keys]
     cuts = variety.add(measured, texts, variety.Options(paper_compat, cut_words, sentence_encoder, nli_model))
+    jobs = [
+        (match, s, part)
+        for match, won in compared
+        if match.b != "reference"
+        for s in _splits(answers[match.a].dataset.values())
+        if (part := {k: o for k, o in won.items() if s in ("all", answers[match.a].dataset[k])})
+    ]
     found = {
         "schema": 1,
         "task": "outputs",
@@ -88,16 +95,7 @@ def evaluate_outputs(
             "nli_model": nli_model,
         },
         **_estimates(measured, samples, cuts, resamples),
-        "comparisons": _heads(
-            [
-                (match, s, part)
-                for match, won in compared
-                if match.b != "reference"
-                for s in _splits(answers[match.a].dataset.values())
-                if (part := {k: o for k, o in won.items() if s in ("all", answers[match.a].dataset[k])})
-            ],
-            resamples,
-        ),
+        "comparisons": significance.corrected(_heads(jobs, resamples), null=0.5),
     }
     if not annotations and not judged_by:
         del found["judge"]
@@ -116,7 +114,7 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     judged: dict[str, dict[str, np.ndarray]] = {policy: {} for policy in samples}
     for policy, split in [(p, s) for p, splits in samples.items() for s in splits]:
         records = samples[policy][split]
-        m, judged[policy][split] = _numbers(records, c.judge)
+        m, judged[policy][split] = numbers(records, c.judge)
         shown = {r["id"]: judge.compared(c.judge, r["responses"]) for r in records}
         m.longer = {r["id"]: judge.longer(shown[r["id"]], [r["reference"]]) for r in records if r.get("reference")}
         measured[policy][split] = m
@@ -142,7 +140,7 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
         "config": read_json(workdir / "config.json"),
         "sampling": {p: read_json(i) for p in samples if (i := workdir / "samples" / p / "info.json").exists()},
         **_estimates(measured, drawn, cuts, resamples),
-        "comparisons": heads,
+        "comparisons": significance.corrected(heads, null=0.5),
     }
     write_json(workdir / "results.json", found)
     return found
@@ -264,6 +262,11 @@ def _estimates(
         if split != "id" and "id" in measured[a] and "id" in measured[b]:
             told["gap"] = measures.gap_differences(measured[a], measured[b], split, resamples)
         differences.append(told)
+    gaps = {
+        policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if split != "id"}
+        for policy, splits in measured.items()
+        if "id" in splits
+    }
     return {
         "policies": {
             policy: {
@@ -273,12 +276,8 @@ def _estimates(
             }
             for policy, splits in measured.items()
         },
-        "generalisation_gap": {
-            policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if split != "id"}
-            for policy, splits in measured.items()
-            if "id" in splits
-        },
-        "differences": differences,
+        "generalisation_gap": significance.corrected_gaps(gaps),
+        "differences": significance.corrected(differences),
         "diversity_by_length": variety.by_length(measured, resamples),
     }
 
@@ -360,7 +359,7 @@ def _read_split(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:
+def numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:
     """Each prompt's numbers, and a judge's value of each of its responses [B, N], where the samples carry it."""
     columns = {"score": "scores", "gold": "gold", PROXY[0]: "proxy_scores"}
     m, judged_BN = Measured([r["id"] for r in records]), np.zeros((len(records), 0))

@@ -1,0 +1,167 @@
+"""95 % intervals hold the truth 93 to 97 % of the time, at 100 and at 500 prompts.
+
+Each case draws SETS data sets from a distribution whose truth is known and asks the estimators that ship. The Monte
+Carlo error of a share of 95 % among 2,400 is .0044: a true coverage of 95 % fails once in 100,000 times, one of 91 %
+nearly always. All draws are seeded.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxrlhf.evaluation import significance
+from jaxrlhf.evaluation.statistics import difference_intervals, jackknife, mean_intervals, over_seeds, wilson, win_rate
+
+SETS, RESAMPLES = 2400, 1000
+SIZES = pytest.mark.parametrize("n", [100, 500])
+
+
+def share(low, truth, high):
+    return np.mean((np.asarray(low) <= truth) & (truth <= np.asarray(high)))
+
+
+def lognormal(rng, n):
+    """Lengths: many short, few long."""
+    return np.exp(0.6 * rng.normal(size=(n, SETS)) - 0.18) - 1
+
+
+def clustered(rng, n):
+    """Means over 4 samples of a prompt, whose own effect they share and which scales their noise."""
+    effect = rng.exponential(size=(n, SETS)) - 1
+    return effect + np.mean([(1.3 + effect) * rng.normal(size=(n, SETS)) for _ in range(4)], axis=0)
+
+
+def paired(rng, n):
+    """A prompt's difference of two policies: what it has in common cancels, what is left is skewed to the left."""
+    common = 50 * rng.normal(size=(n, SETS))
+    return (common - rng.gamma(1.5, size=(n, SETS))) - (common - 1.5 + 0.3 * rng.normal(size=(n, SETS)))
+
+
+def rarely(rng, n):
+    """Most prompts say the same of both policies: 30 % differ."""
+    return (rng.random((n, SETS)) < 0.3) * (rng.exponential(size=(n, SETS)) - 1)
+
+
+@SIZES
+@pytest.mark.parametrize("draw", [lognormal, clustered, paired, rarely])
+def test_means(draw, n):
+    _, low, high = mean_intervals(draw(np.random.default_rng(n), n), RESAMPLES)
+    assert 0.93 <= share(low, 0.0, high) <= 0.97
+
+
+@SIZES
+def test_a_plain_percentile_interval_would_fail(n):
+    """That this can fail: of 100 items more skewed than the above the percentile interval holds too little."""
+    values = np.exp(0.9 * np.random.default_rng(n).normal(size=(n, SETS)))
+    truth = math.exp(0.9**2 / 2)
+    index = np.random.default_rng(0).integers(0, n, (400, n))
+    drawn = np.stack([values[i].mean(0) for i in index])
+    plain = share(np.quantile(drawn, 0.025, axis=0), truth, np.quantile(drawn, 0.975, axis=0))
+    _, low, high = mean_intervals(values, RESAMPLES)
+    assert 0.93 <= share(low, truth, high) <= 0.97
+    assert n > 100 or plain < 0.93
+
+
+@SIZES
+def test_gaps_of_independent_sets(n):
+    rng = np.random.default_rng(n + 1)
+    near, far = lognormal(rng, n) + 0.7, 2 * (rng.exponential(size=(n // 2 + 3, SETS)) - 1)
+    _, low, high = difference_intervals(near, far, RESAMPLES)
+    assert 0.93 <= share(low, 0.7, high) <= 0.97
+
+
+@SIZES
+@pytest.mark.parametrize(
+    ("wins", "draws"), [(0.5, 0.1), (0.35, 0.3), (0.85, 0.1), (0.8, 0.19), (0.04, 0.9), (0.02, 0.06)]
+)
+def test_win_rates_with_draws(wins, draws, n):
+    rng = np.random.default_rng(n)
+    held = [win_rate(o) for o in rng.choice([1.0, 0.5, 0.0], p=[wins, draws, 1 - wins - draws], size=(SETS, n))]
+    assert 0.93 <= share([e["low"] for e in held], wins + draws / 2, [e["high"] for e in held]) <= 0.97
+
+
+@SIZES
+def test_win_rates_over_samples(n):
+    """Shares of the pairs of 3 and 3 responses, whose prompts differ in who is likely to win."""
+    rng = np.random.default_rng(n)
+    won = rng.binomial(9, rng.beta(1.8, 0.2, (SETS, n))) / 9
+    held = [win_rate(o) for o in won]
+    assert 0.93 <= share([e["low"] for e in held], 0.9, [e["high"] for e in held]) <= 0.97
+
+
+@SIZES
+def test_win_rates_without_draws(n):
+    """Exactly, by the binomial distribution.
+
+    Wins are whole numbers, so that the coverage at one p jumps about 95 % as p moves: what can be asked for is its mean
+    over p, near the ends too, and that no p is far below.
+    """
+    p_P = np.linspace(0.02, 0.98, 193)
+    log_choose_W = np.array([math.lgamma(n + 1) - math.lgamma(w + 1) - math.lgamma(n - w + 1) for w in range(n + 1)])
+    wins_W = np.arange(n + 1)
+    chance_PW = np.exp(log_choose_W + wins_W * np.log(p_P)[:, None] + (n - wins_W) * np.log1p(-p_P)[:, None])
+    held = [wilson(w, n) for w in range(n + 1)]
+    low_W, high_W = (np.array([e[k] for e in held]) for k in ("low", "high"))
+    covered_P = (chance_PW * ((low_W <= p_P[:, None]) & (p_P[:, None] <= high_W))).sum(1)
+    assert 0.945 <= covered_P.mean() <= 0.96
+    assert covered_P[(p_P > 0.8) | (p_P < 0.2)].mean() == pytest.approx(0.952, abs=0.008)
+    assert covered_P.min() > 0.90
+
+
+@SIZES
+@pytest.mark.parametrize("vocabulary", [400, 20_000])
+def test_a_diversity_across_inputs(vocabulary, n):
+    """Distinct words over words, of texts of 1 to 12 words whose frequencies fall as Zipf's law has it.
+
+    The truth is the expected value at this n, on which the metric depends. The jackknife's variance errs upwards (Efron
+    & Stein 1981): its intervals are somewhat too wide, and hold the truth 97 to 98 % of the time.
+    """
+    rng = np.random.default_rng(n)
+    below = np.cumsum(1 / (np.arange(vocabulary) + 20))
+    held = []
+    for _ in range(1200):
+        words_B12 = np.searchsorted(below, rng.random((n, 12)) * below[-1])
+        held.append(distinct(words_B12, rng.integers(1, 13, n), vocabulary))
+    truth = np.mean([e["mean"] for e in held])
+    assert 0.93 <= share([e["low"] for e in held], truth, [e["high"] for e in held]) <= 0.985
+
+
+def distinct(words_B12, length_B, vocabulary):
+    """The jackknife of distinct-1: without a text go its words, and those kinds of word that no other text has."""
+    text, position = np.nonzero(np.arange(12) < length_B[:, None])
+    total = len(text)
+    pairs = np.unique(text * vocabulary + words_B12[text, position])  # each kind of word once a text
+    text, word = pairs // vocabulary, pairs % vocabulary
+    texts_with = np.bincount(word, minlength=vocabulary)
+    own_B = np.bincount(text[texts_with[word] == 1], minlength=len(length_B))
+    kinds = np.count_nonzero(texts_with)
+    return jackknife(kinds / total, (kinds - own_B) / (total - length_B), (0.0, 1.0))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_means_over_seeds(seeds):
+    runs = np.random.default_rng(seeds).normal(0.4, 0.3, (SETS, seeds))
+    held = [over_seeds(r) for r in runs.tolist()]
+    assert 0.93 <= share([e["low"] for e in held], 0.4, [e["high"] for e in held]) <= 0.97
+
+
+def test_holm_lets_a_family_without_differences_be_decided_5_of_100_times():
+    """15 comparisons of two policies whose numbers have one distribution, skewed: any decided one is an error.
+
+    Its Monte Carlo error is .009. Differences that are skewed themselves have longer tails than Student's t, and of 15
+    of them with the skewness of a gamma(2) at n = 100 some 9 % of families err.
+    """
+    rng = np.random.default_rng(0)
+    families = 600
+    policy, other = (rng.exponential(size=(100, families * 15)) ** 1.3 for _ in range(2))
+    mean_S, low_S, high_S = mean_intervals(policy - other, RESAMPLES)
+    rows = [
+        {"x": dict(zip(("mean", "low", "high"), row, strict=True), n=100)}
+        for row in zip(mean_S.tolist(), low_S.tolist(), high_S.tolist(), strict=True)
+    ]
+    told = [significance.corrected(rows[i : i + 15]) for i in range(0, len(rows), 15)]
+    wrong = np.mean([any(e["x"]["p_holm"] < 0.05 for e in family) for family in told])
+    unadjusted = np.mean([any(e["x"]["p"] < 0.05 for e in family) for family in told])
+    assert 0.025 <= wrong <= 0.075
+    assert unadjusted > 0.4
