@@ -10,6 +10,7 @@ text's own, without repeats), K n-grams that a set has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +85,8 @@ def of_texts(texts_BN: Sequence[Sequence[str]], block_B: np.ndarray, paper_compa
 
     def compression(prompt: np.ndarray) -> list[float]:
         kept = [texts_BN[int(b)] for b in prompt]
-        return [overlap.compression(column) for column in zip(*kept, strict=True)]
+        with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter
+            return list(pool.map(overlap.compression, zip(*kept, strict=True)))
 
     across = across_input(orders, prompts, samples) | {"compression": by_blocks(block_B, compression)}
     if samples == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxrlhf.evaluation.judge import REWARD, Judge, Match
 from jaxrlhf.evaluation.measures import PROXY, WIN_RATE, Measured, against_each_other
 from jaxrlhf.evaluation.statistics import Estimate
 from jaxrlhf.files import UserError, read_json, read_records, write_json
-from jaxrlhf.logs import say
+from jaxrlhf.logs import progress, say
 
 if TYPE_CHECKING:
     from jaxrlhf.config import Experiment
@@ -72,8 +73,8 @@ def evaluate_outputs(
             m.add_mean(PROXY, keys, [float(scores[name][k].mean()) for k in keys])
         texts[name][split] = [found.responses[k] for k in keys]
     cuts = variety.add(measured, texts, variety.Options(paper_compat, cut_words, sentence_encoder, nli_model))
-    heads = [
-        _head(match, s, part, resamples)
+    jobs = [
+        (match, s, part)
         for match, won in compared
         if match.b != "reference"
         for s in _splits(answers[match.a].dataset.values())
@@ -94,7 +95,7 @@ def evaluate_outputs(
             "nli_model": nli_model,
         },
         **_estimates(measured, samples, cuts, resamples),
-        "comparisons": significance.corrected(heads, null=0.5),
+        "comparisons": significance.corrected(_heads(jobs, resamples), null=0.5),
     }
     if not annotations and not judged_by:
         del found["judge"]
@@ -219,14 +220,26 @@ def _judge_samples(
         if won and match.b == "reference":
             measured[match.a][match.split].add_mean(WIN_RATE, list(won), list(won.values()))
         elif won:
-            heads.append(_head(match, match.split, won, resamples))
-    return heads, told
+            heads.append((match, match.split, won))
+    return _heads(heads, resamples), told
 
 
-def _head(match: Match, split: str, won: judge.Outcomes, resamples: int) -> dict[str, Any]:
-    longer, who = match.longer, {"split": split, "a": match.a, "b": match.b}
-    won_B, longer_B = np.array(list(won.values())), np.array([longer[k] for k in won])
-    return generalisation.against(who, won_B, longer_B, resamples)
+def _heads(jobs: Sequence[tuple[Match, str, judge.Outcomes]], resamples: int) -> list[dict[str, Any]]:
+    """The comparisons of results.json: a match on one of its splits, and its outcomes there."""
+
+    def one(job: tuple[Match, str, judge.Outcomes]) -> dict[str, Any]:
+        (match, split, won), longer = job, job[0].longer
+        who = {"split": split, "a": match.a, "b": match.b}
+        won_B, longer_B = np.array(list(won.values())), np.array([longer[k] for k in won])
+        return generalisation.against(who, won_B, longer_B, resamples)
+
+    # Threads, as numpy lets go of the interpreter.
+    with progress("comparing", len(jobs), delay=2) as bar, ThreadPoolExecutor() as pool:
+        found = []
+        for head in pool.map(one, jobs):
+            found.append(head)
+            bar.update()
+    return found
 
 
 def _won(a_N: np.ndarray, b_M: np.ndarray) -> float:
