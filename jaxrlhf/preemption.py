@@ -19,7 +19,6 @@ def leaving() -> Iterator[None]:
     All that stages write is whole or not there, so that this loses nothing. An exception could: one raised within a
     callback of XLA's is printed and forgotten.
     """
-
     with _heard((signal.SIGINT, signal.SIGTERM), lambda _: _leave(0, "stopped; the same command goes on")):
         yield
 
@@ -47,7 +46,7 @@ def notices() -> Iterator[Callable[[int], bool]]:
     numbers = (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM)
     with _heard(numbers, lambda number: _notice(number, asked, together)):
         yield reached
-    if asked.is_set() and not heeded:
+    if asked.is_set() and not heeded and not together:  # together, the next stage stops at a step that JAX names
         raise Stopped("stopped after the last step, saved; the same command goes on")
 
 
