@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,40 +44,35 @@ STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
 
 def console() -> None:
     """The console script `jaxrlhf`: exit status 0 done or stopped, 2 the user's input is wrong, 1 anything else."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no step is under way: as Ctrl-C
-    status, whole = _status(sys.argv)
+    from jaxrlhf import preemption
+
+    recipe = len(sys.argv) > 1 and sys.argv[1] in ("run", *STAGES) and _has(sys.argv, "config")
+    with preemption.leaving() if recipe else contextlib.nullcontext():
+        status = main(sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()
-    if not whole:
+    if status:
         os._exit(status)  # an interrupted compilation can crash the interpreter's own way out
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns its exit status."""
-    return _status(argv)[0]
-
-
-def _status(argv: list[str]) -> tuple[int, bool]:
-    """The exit status, and whether the command ended in a place of its own choosing."""
     # transformers is here for its tokenizers, which need no torch; without this it advises to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _dispatch(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2, False
+        return 2
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
-        return 1, False
+        return 1
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        return 0, True
     except KeyboardInterrupt:
-        # All that a recipe's stages write is whole or not there, so that being stopped between steps loses nothing.
-        resumes = len(argv) > 1 and argv[1] in ("run", *STAGES) and _has(argv, "config")
-        print("\nstopped; the same command goes on" if resumes else "\ninterrupted", file=sys.stderr)
-        return 0 if resumes else 1, False
-    return 0, True
+        print("\ninterrupted", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _dispatch(argv: list[str]) -> None:

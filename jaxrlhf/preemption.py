@@ -8,10 +8,19 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-import jax
-from jax.experimental import multihost_utils
-
+from jaxrlhf.files import Stopped
 from jaxrlhf.logs import say
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Where no step is under way, Ctrl-C and SIGTERM end the process at once, with exit status 0.
+
+    All that stages write is whole or not there, so that this loses nothing. An exception could: one raised within a
+    callback of XLA's is printed and forgotten.
+    """
+    with _heard((signal.SIGINT, signal.SIGTERM), lambda _: _leave(0, "stopped; the same command goes on")):
+        yield
 
 
 @contextlib.contextmanager
@@ -19,9 +28,14 @@ def notices() -> Iterator[Callable[[int], bool]]:
     """A function of the step that says whether to save and stop there; a second Ctrl-C ends the process at once.
 
     Where JAX's processes work together, JAX hears SIGTERM and a TPU's notices, and names one step to all of them. In
-    a thread other than the main one nothing is heard. A request that came after the last step is a
-    KeyboardInterrupt at the context's end.
+    a thread other than the main one nothing is heard.
+
+    Raises:
+      Stopped: at the context's end, if the request came after the last step.
     """
+    import jax  # here, so that a command hears before it has imported this
+    from jax.experimental import multihost_utils
+
     together, asked, heeded = jax.distributed.is_initialized(), threading.Event(), False
 
     def reached(step: int) -> bool:
@@ -32,21 +46,26 @@ def notices() -> Iterator[Callable[[int], bool]]:
     numbers = (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM)
     with _heard(numbers, lambda number: _notice(number, asked, together)):
         yield reached
-    if asked.is_set() and not heeded:
-        raise KeyboardInterrupt
+    if asked.is_set() and not heeded and not together:  # together, the next stage stops at a step that JAX names
+        raise Stopped("stopped after the last step, saved; the same command goes on")
 
 
 def _notice(number: int, asked: threading.Event, together: bool) -> None:
     if asked.is_set():
         if number == signal.SIGINT:
-            os.write(2, b"\nstopped at once; the same command goes on from the last checkpoint\n")
-            os._exit(1)
+            _leave(1, "stopped at once; the same command goes on from the last checkpoint")
         return
     asked.set()
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     say(f"{name}: saving after this step; Ctrl-C {'again ' if name == 'Ctrl-C' else ''}stops at once")
     if together:
         os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other processes
+
+
+def _leave(status: int, word: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\n{word}\n".encode())
+    os._exit(status)
 
 
 @contextlib.contextmanager

@@ -43,16 +43,17 @@ def step(state: TrainState, i: int):
     return state, {"loss": value} | optim.left_out(state)
 
 
-def run(directory, step=step, meta=None, settings=LOOP):
+def run(directory, step=step, meta=None, evaluate=None):
     return loop.run(
         stage="toy",
         title="toy",
         directory=directory,
-        loop=settings,
+        loop=LOOP,
         state=start(),
         meta=meta or {"frozen": "a"},
         step=step,
         ids=lambda i: [f"post-{i}", "a\nb"],
+        evaluate=evaluate,
     )
 
 
@@ -159,6 +160,18 @@ def test_a_request_to_stop_saves_the_step_under_way_and_loses_nothing(tmp_path):
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert same(run(tmp_path / "asked"), whole)
     assert (tmp_path / "asked" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_request_after_the_last_step_is_not_forgotten(tmp_path):
+    def asks(state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        return {"x": 0.5}
+
+    with pytest.raises(Stopped, match="saved; the same command goes on"):
+        run(tmp_path, evaluate=asks)
+    assert int(run(tmp_path).step) == 9
+    assert lines_of(tmp_path)[-1]["toy/x"] == 0.5
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
