@@ -22,12 +22,12 @@ def claim(workdir: Path, experiment: Experiment) -> None:
 
 
 def binding(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without what changes no step: the evaluation, the mesh, and which checkpoints are kept."""
-    kept = {k: dict(v) if isinstance(v, dict) else v for k, v in resolved.items() if k not in ("evaluation", "mesh")}
-    for section in kept.values():
-        if isinstance(section, dict) and isinstance(section.get("loop"), dict):
-            section["loop"] = {k: v for k, v in section["loop"].items() if k not in ("save_every", "keep")}
-    return kept
+    """A resolved config without what changes no step: the evaluation, how the work is laid out, what is kept."""
+    return _without(resolved, ("evaluation", "mesh", "remat", "accumulate", "save_every", "keep"))
+
+
+def _without(section: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in section.items() if k not in keys}
 
 
 def bound(experiment: Experiment, stage: str) -> dict[str, Any]:

@@ -66,6 +66,10 @@ class Model:
     # float32 | bfloat16: of matrix products, activations and FROZEN. What is trained has f32 masters always, and norms,
     # softmax, logits and losses are f32. On a CPU bfloat16 is slower.
     dtype: str = "float32"
+    # What the forward pass of a block keeps for gradients; the rest is computed again: none (keeps everything) | full
+    # (keeps nothing) | dots | dots_no_batch (keeps matrix products, or those of parameters alone). Less memory, more
+    # FLOPs, the same numbers but for rounding; `jaxrlhf plan` says how much of each.
+    remat: str = "none"
     prompt_length: int = 64  # tokens; longer prompts lose their left end, which is counted and reported
     response_length: int = 24  # tokens, the end-of-text token included
     freeze_layers: float = (
@@ -94,6 +98,7 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+    accumulate: int = 1  # micro-batches that a step's batch is worked through in; the same step with less memory
 
 
 @dataclass(frozen=True)

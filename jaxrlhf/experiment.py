@@ -156,13 +156,14 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
         ff_width=c.ff_width,
         max_positions=c.prompt_length + c.response_length,
         dtype=c.dtype,
+        remat=c.remat,
         **options,
     )
 
 
 def imported_architecture(config: Experiment, directory: Path, vocab_size: int) -> model.Architecture:
     """The decoder of a Hugging Face directory; `UserError` if the texts of this experiment do not fit it."""
-    arch = replace(weights.architecture(directory), dtype=config.model.dtype)
+    arch = replace(weights.architecture(directory), dtype=config.model.dtype, remat=config.model.remat)
     if vocab_size > arch.vocab_size:
         raise UserError(
             f"config.model.init={config.model.init!r} has embeddings for {arch.vocab_size} tokens, its tokenizer "

@@ -62,6 +62,7 @@ class Architecture:
     embed_width: int = 0  # of tokens, projected in and out; 0 = the width, no projections
     tied: bool = True  # the output head is the embedding table
     dtype: str = "float32"  # of matrix products and activations; norms, softmax, logits and losses are f32 always
+    remat: str = "none"  # one of `REMAT`
 
     @property
     def token_width(self) -> int:
@@ -99,6 +100,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+# What a block's forward pass keeps for its gradients; the rest is computed again.
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -263,6 +273,9 @@ def run_blocks(
 
         return Block(arch).apply({"params": block}, h, position_BT, attend)  # pyright: ignore[reportReturnType]
 
+    if arch.remat != "none":
+        # In a scan, XLA cannot merge what is computed again with what was computed first.
+        body = jax.checkpoint(body, policy=REMAT[arch.remat], prevent_cse=False)
     h_BTD, kept = jax.lax.scan(body, h_BTD, (blocks, window_L))
     return by_rows(h_BTD), kept
 

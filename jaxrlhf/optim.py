@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +48,38 @@ def new_state(
     counts = {"step": jnp.int32(0), "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
     state = TrainState(params=params, opt_state=tx.init(params), kl_coef=kl_coef, **counts)
     return sharding.place(state, mesh)
+
+
+def gradients(
+    loss: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    params: Any,
+    batch: Any,
+    parts: int,
+    weight: Callable[[Any], jax.Array],
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """Loss, metrics and gradient of a batch [B, ...], of which `parts` micro-batches are worked through one by one.
+
+    All three are means over micro-batches that count by `weight`, what the loss divides by (tokens, where it is a mean
+    over tokens), which is the mean over the whole batch. `parts` divides B.
+    """
+    one = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (value, metrics), grads = one(params, batch)
+        return value, metrics, grads
+    # Every `parts`-th row, so that the rows of each micro-batch are spread over the devices as those of the batch are,
+    # and a pair's two halves stay together.
+    micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    weights_A = jax.vmap(weight)(micro).astype(jnp.float32)
+    share_A = weights_A / jnp.maximum(weights_A.sum(), 1e-30)
+
+    def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        found = one(params, part[0])
+        return jax.tree.map(lambda t, x: t + part[1] * x, total, found), None
+
+    shapes = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    ((value, metrics), grads), _ = jax.lax.scan(add, zeros, (micro, share_A))
+    return value, metrics, grads
 
 
 def update(

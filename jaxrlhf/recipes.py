@@ -97,6 +97,7 @@ def _check(e: Experiment) -> None:
     for stage in ("pretrain", "sft", "reward", "ppo"):
         section, keys = getattr(e, stage), ("steps", "log_every", "save_every", "keep")
         positive |= {f"{stage}.batch_size": section.batch_size}
+        positive |= {f"{stage}.optim.accumulate": section.optim.accumulate}
         positive |= {f"{stage}.loop.{k}": getattr(section.loop, k) for k in keys}
     positive |= {f"model.{k}": getattr(e.model, k) for k in MODEL_SIZES}
     positive |= {f"world.{k.name}": getattr(e.world, k.name) for k in dataclasses.fields(e.world)[:-1]}
@@ -117,6 +118,8 @@ def _check(e: Experiment) -> None:
         raise UserError(f"config.model.freeze_layers={e.model.freeze_layers}: a share from 0 to 1")
     if e.model.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.model.dtype={e.model.dtype!r}: known are float32, bfloat16")
+    if e.model.remat not in ("none", "full", "dots", "dots_no_batch"):
+        raise UserError(f"config.model.remat={e.model.remat!r}: known are none, full, dots, dots_no_batch")
     if e.task not in ("world", "files", "datasets"):
         raise UserError(f"config.task={e.task!r}: known are world, files, datasets")
     if reads_texts(e.evaluation.judge):

@@ -29,13 +29,20 @@ def loss(
     return losses.reward_loss(chosen_B, rejected_B)
 
 
-@partial(jax.jit, static_argnames=("arch", "tx"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("arch", "tx", "parts"), donate_argnames=("state",))
 def step(
-    arch: model.Architecture, tx: optax.GradientTransformation, state: TrainState, frozen: Frozen, batch: PairBatch
+    arch: model.Architecture,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Frozen,
+    batch: PairBatch,
+    parts: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the reward model's top and head."""
-    grads, metrics = jax.grad(lambda scorer: loss(arch, frozen, scorer, batch), has_aux=True)(state.params)
-    state, norm = optim.update(tx, metrics["loss"], grads, state)
+    """One optimizer step on the reward model's top and head, the batch in `parts` micro-batches."""
+    value, metrics, grads = optim.gradients(
+        lambda scorer, pairs: loss(arch, frozen, scorer, pairs), state.params, batch, parts, lambda _: jnp.float32(1)
+    )
+    state, norm = optim.update(tx, value, grads, state)
     state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
     return state, metrics | norm | optim.left_out(state)
 
@@ -45,7 +52,7 @@ def reward(run: Run) -> None:
     c = run.config.reward
     if c.init:
         return _adopt(run)
-    sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh)
+    sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh, c.optim.accumulate)
     pairs = preferences(run)
     if not pairs["train"]:
         raise UserError(
@@ -64,7 +71,9 @@ def reward(run: Run) -> None:
         loop=c.loop,
         state=optim.new_state(tx, Scorer(top=run.policy("sft"), head=new_head(run, "reward head")), run.mesh),
         meta=run.meta("reward"),
-        step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
+        step=lambda state, i: step(
+            run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh), c.optim.accumulate
+        ),
         ids=lambda i: batches.ids(pairs["train"], batch_size=c.batch_size, seed=run.seed("reward"))[i],
         evaluate=lambda state: {
             f"accuracy_{s}": e["mean"] for s, e in accuracy(run, state.params, pairs)["accuracy"].items()

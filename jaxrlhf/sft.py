@@ -24,15 +24,23 @@ def loss(arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch) ->
     return losses.sft_loss(logp_BT, batch.weight_BT[:, 1:])
 
 
-@partial(jax.jit, static_argnames=("arch", "tx"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("arch", "tx", "parts"), donate_argnames=("state",))
 def step(
-    arch: model.Architecture, tx: optax.GradientTransformation, state: TrainState, frozen: Frozen, batch: SftBatch
+    arch: model.Architecture,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Frozen,
+    batch: SftBatch,
+    parts: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on TOP."""
-    grads, metrics = jax.grad(lambda top: loss(arch, frozen, top, batch), has_aux=True)(state.params)
-    state, norm = optim.update(tx, metrics["loss"], grads, state)
+    """One optimizer step on TOP, the batch in `parts` micro-batches."""
+    tokens = lambda rows: rows.weight_BT[:, 1:].sum()  # noqa: E731
+    value, metrics, grads = optim.gradients(
+        lambda top, rows: loss(arch, frozen, top, rows), state.params, batch, parts, tokens
+    )
+    state, norm = optim.update(tx, value, grads, state)
     state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
-    return state, metrics | norm | optim.left_out(state)
+    return state, metrics | {"tokens": tokens(batch)} | norm | optim.left_out(state)
 
 
 _evaluate = partial(jax.jit, static_argnames=("arch",))(
@@ -51,7 +59,7 @@ def train(
 ) -> None:
     """Trains `top` on examples of {prompt, response}, for `pretrain` and `sft` alike."""
     c = run.config.sft if stage == "sft" else run.config.pretrain
-    sharding.check_divides(f"config.{stage}.batch_size", c.batch_size, run.mesh)
+    sharding.check_divides(f"config.{stage}.batch_size", c.batch_size, run.mesh, c.optim.accumulate)
     train_batches = batches.sft_batches(
         examples,
         run.task.tokenizer,
@@ -77,7 +85,9 @@ def train(
         loop=c.loop,
         state=optim.new_state(tx, top, run.mesh),
         meta=run.meta(stage),
-        step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
+        step=lambda state, i: step(
+            run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh), c.optim.accumulate
+        ),
         ids=lambda i: batches.ids(examples, batch_size=c.batch_size, seed=run.seed(stage))[i],
         evaluate=evaluate,
     )

@@ -67,10 +67,12 @@ def shard_batch(tree: Tree, mesh: DeviceMesh) -> Tree:
     return jax.device_put(tree, NamedSharding(mesh, P(("data", "fsdp"))))
 
 
-def check_divides(key: str, size: int, mesh: DeviceMesh) -> None:
-    """`UserError` if a batch size does not divide over the mesh, naming the key and sizes that would."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_divides(key: str, size: int, mesh: DeviceMesh, parts: int = 1) -> None:
+    """`UserError` if a batch, or each of its `parts`, does not divide over the mesh; names key and sizes that would."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = devices * parts
     if size % ways:
         lower = size // ways * ways
         near = f"{lower} or {lower + ways}" if lower else f"{ways}"
-        raise UserError(f"{key}={size} does not divide over data x fsdp = {ways} devices; {near} would")
+        times = f" x optim.accumulate = {parts}" if parts > 1 else ""
+        raise UserError(f"{key}={size} does not divide over data x fsdp = {devices} devices{times}; {near} would")
