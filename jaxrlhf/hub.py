@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrlhf.files import UserError
@@ -22,8 +23,8 @@ UNWANTED = ("*/*",)
 LOGIN = "`hf auth login`, or set HF_TOKEN"
 
 
-def directory_of(name: str, key: str) -> Path:
-    """The directory of that name, or the hub's snapshot of that id, fetched where it is not in the local cache.
+def directory_of(name: str, key: str, wanted: Sequence[str] = WANTED) -> Path:
+    """The directory of that name, or the hub's snapshot of that id, of which `wanted` is fetched where it is not cached.
 
     Raises:
       UserError: neither is to be had; names the config's `key`.
@@ -38,7 +39,7 @@ def directory_of(name: str, key: str) -> Path:
 
     start = f"{key}={name!r}: no such directory, and not to be had from the hub"
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+        return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
     except errors.GatedRepoError:
         raise UserError(f"{start}: it is gated; ask for access on its page, then {LOGIN}") from None
     except errors.RepositoryNotFoundError:

@@ -43,11 +43,14 @@ def new_state(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, kl_coef: jax.Array | None = None
 ) -> TrainState:
     """Step 0 of a stage that trains `params`; the state owns its arrays, since steps donate it."""
-    params = jax.tree.map(jnp.copy, params)
     # The trained tree's paths end alike in Adam's moments, so one table of rules serves both.
+    return sharding.place(fresh(tx, jax.tree.map(jnp.copy, params), kl_coef), mesh)
+
+
+def fresh(tx: optax.GradientTransformation, params: Any, kl_coef: jax.Array | None = None) -> TrainState:
+    """The same from `params` themselves, wherever they are."""
     counts = {"step": jnp.int32(0), "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
-    state = TrainState(params=params, opt_state=tx.init(params), kl_coef=kl_coef, **counts)
-    return sharding.place(state, mesh)
+    return TrainState(params=params, opt_state=tx.init(params), kl_coef=kl_coef, **counts)
 
 
 def gradients(

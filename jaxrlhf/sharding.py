@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -30,17 +31,18 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(c: Mesh) -> DeviceMesh:
-    """A mesh with axes data, fsdp and tensor over all devices; `UserError` if it does not fit them."""
+def make_mesh(c: Mesh, of: Sequence[jax.Device] = ()) -> DeviceMesh:
+    """A mesh with axes data, fsdp and tensor over the devices, by default all; `UserError` if it does not fit them."""
     sizes = [c.data, c.fsdp, c.tensor]
-    devices = jax.device_count()
+    devices = len(of) or jax.device_count()
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"config.mesh: axes are positive, one at most -1 (the rest); got {c}")
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(devices // math.prod(s for s in sizes if s != -1), 1)
     if math.prod(sizes) != devices:
         raise UserError(f"config.mesh: data x fsdp x tensor = {math.prod(sizes)}, but there are {devices} devices")
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    names, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), names, axis_types=kinds, devices=of or None)
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: DeviceMesh) -> P:
@@ -52,19 +54,29 @@ def spec(path: str, shape: tuple[int, ...], mesh: DeviceMesh) -> P:
     raise ValueError(f"no sharding rule for parameter {path!r}")
 
 
+def layout(tree: Any, mesh: DeviceMesh) -> Any:
+    """How each leaf of a tree of parameters or optimizer state lies on the mesh, by `RULES`."""
+
+    def lies(path: tuple, leaf: jax.Array) -> NamedSharding:
+        name = re.sub(r"/+", "/", jax.tree_util.keystr(path, simple=True, separator="/"))
+        return NamedSharding(mesh, spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(lies, tree)
+
+
 def place(tree: Tree, mesh: DeviceMesh) -> Tree:
     """Puts a tree of parameters or optimizer state on the mesh, by `RULES`."""
+    return jax.tree.map(jax.device_put, tree, layout(tree, mesh))
 
-    def put(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = re.sub(r"/+", "/", jax.tree_util.keystr(path, simple=True, separator="/"))
-        return jax.device_put(leaf, NamedSharding(mesh, spec(name, leaf.shape, mesh)))
 
-    return jax.tree_util.tree_map_with_path(put, tree)
+def rows(mesh: DeviceMesh) -> NamedSharding:
+    """The leading axis divided over data x fsdp."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def shard_batch(tree: Tree, mesh: DeviceMesh) -> Tree:
-    """Puts a batch on the mesh, its leading axis divided over data x fsdp."""
-    return jax.device_put(tree, NamedSharding(mesh, P(("data", "fsdp"))))
+    """Puts a batch on the mesh, by `rows`."""
+    return jax.device_put(tree, rows(mesh))
 
 
 def check_divides(key: str, size: int, mesh: DeviceMesh, parts: int = 1) -> None:
