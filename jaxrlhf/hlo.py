@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ FREE = {
     *("partition-id", "replica-id", "copy-done", "async-done", "async-update", "opt-barrier"),
 }
 # A compiled program on a TPU spreads one collective over several fusions, with these around it.
-WRAPPERS = ("tuple", "custom-call", *COLLECTIVES)
+WRAPPERS = {"custom-call", *COLLECTIVES}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.-]+)")
 
@@ -71,7 +71,7 @@ def traffic(text: str) -> Traffic:
       ValueError: a loop without a bound that can be read.
     """
     computations, entry = _parse(text)
-    hbm, sent = 0.0, Counter()
+    hbm, sent = 0.0, defaultdict[str, float](float)
     for computation, times in _runs(computations, entry):
         seen: set[str] = set()
         for x in computation.instructions.values():
@@ -82,6 +82,7 @@ def traffic(text: str) -> Traffic:
                 if mark not in seen:
                     seen.add(mark)
                     sent[_kind(collective)] += times * _sent(holder, collective)
+                    hbm += times * _passed(holder, collective)
     return Traffic(hbm, dict(sent))
 
 
@@ -186,6 +187,14 @@ def _sent(holder: _Computation, x: _Instruction) -> float:
     return passes * size * (n - 1) / n
 
 
+def _passed(holder: _Computation, x: _Instruction) -> float:
+    """Bytes of HBM that a collective reads and writes."""
+    read = sum(_bytes(holder.instructions[o].kind, hbm=True) for o in x.operands if o in holder.instructions)
+    if "all-reduce-scatter" in holder.name:  # which writes but a slice, its fusion's result
+        return read
+    return read + _bytes(x.kind, hbm=True) - (read if x.opcode.endswith("-start") else 0.0)
+
+
 def _group(rest: str) -> int:
     """How many chips take part in each group of a collective."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
@@ -210,7 +219,7 @@ def _bytes(kind: str, hbm: bool = False) -> float:
 
 def _moved(computations: dict[str, _Computation], holder: _Computation, x: _Instruction) -> float:
     """Bytes that one instruction reads from HBM and writes to it."""
-    if x.opcode in FREE or x.opcode.endswith("-done"):
+    if x.opcode in FREE or x.opcode.endswith("-done") or _kind(x) in COLLECTIVES:
         return 0.0
     if x.opcode in ("copy-start", "slice-start"):  # its result names both ends
         return _bytes(x.kind, hbm=True)
@@ -231,7 +240,7 @@ def _fused(inner: _Computation, x: _Instruction, operands: list[_Instruction]) -
     parameters = {int(p.operands[0]): p for p in inner.instructions.values() if p.opcode == "parameter"}
     for i, operand in enumerate(operands):
         whole = _bytes(operand.kind, hbm=True)
-        users = [u for u in inner.users(parameters[i].name) if u.opcode not in WRAPPERS]
+        users = [u for u in inner.users(parameters[i].name) if u.opcode not in WRAPPERS | {"tuple"}]
         sliced = sum(_bytes(u.kind) for u in users if u.opcode in ("dynamic-slice", "slice", "gather"))
         rest = [u for u in users if u.opcode not in ("dynamic-slice", "slice", "gather") and not _target(inner, u, i)]
         moved += whole if rest else min(whole, sliced)
@@ -242,7 +251,7 @@ def _fused(inner: _Computation, x: _Instruction, operands: list[_Instruction]) -
         written = _bytes(kind, hbm=True)
         if output.opcode == "dynamic-update-slice":
             moved += min(written, _bytes(inner.instructions[output.operands[1]].kind))
-        elif output.opcode != "parameter":
+        elif output.opcode not in WRAPPERS | {"parameter"}:
             moved += written
     return moved
 

@@ -24,7 +24,7 @@ LOGIN = "`hf auth login`, or set HF_TOKEN"
 
 
 def directory_of(name: str, key: str, wanted: Sequence[str] = WANTED) -> Path:
-    """The directory of that name, or the hub's snapshot of that id, of which `wanted` is fetched where it is not cached.
+    """The directory of that name, or the hub's snapshot of that id, of which what is `wanted` is fetched or cached.
 
     Raises:
       UserError: neither is to be had; names the config's `key`.

@@ -37,6 +37,10 @@ USAGE = """jaxrlhf COMMAND [flags]
   export     a trained model as a directory that transformers loads:
              jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|reward --to=DIR
 
+  plan       a recipe's steps, compiled for a TPU that is not there: memory a chip, FLOPs, traffic, least seconds
+             jaxrlhf plan --config=configs/tldr.py:llama-7b --topology=v5e:8x8 [--stages=sft,reward,ppo,sample]
+                          [--search] ranks meshes and batch sizes, [--json] prints one line
+
 Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jaxrlhf/config.py.
 """
 STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
@@ -80,14 +84,14 @@ def _dispatch(argv: list[str]) -> None:
     if command in ("help", "-h", "--help", "--helpfull"):
         print(USAGE, end="")
         return
-    exchanges = {"import": _import, "export": _export}
-    if command not in ("run", *STAGES, *exchanges):
-        raise UserError(f"{command!r} is no command; known are {', '.join(('run', *STAGES, *exchanges))}")
+    others = {"import": _import, "export": _export, "plan": _plan}
+    if command not in ("run", *STAGES, *others):
+        raise UserError(f"{command!r} is no command; known are {', '.join(('run', *STAGES, *others))}")
     rest = [argv[0], *argv[2:]]
     if any(a in ("-h", "--help") for a in rest):
         print(USAGE, end="")
-    elif command in exchanges:
-        exchanges[command](rest)
+    elif command in others:
+        others[command](rest)
     elif command == "evaluate" and not _has(rest, "config"):
         _evaluate_outputs(rest)
     elif command == "report" and not _has(rest, "config"):
@@ -215,6 +219,33 @@ def _export(argv: list[str]) -> None:
 
     exchange.export(Path(parsed.workdir), parsed.policy, Path(parsed.to))
     say(f"{parsed.to} written; transformers loads it")
+
+
+def _plan(argv: list[str]) -> None:
+    from jaxrlhf import recipes
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("topology", "", "CHIP:SHAPE, such as v5e:8x8", flag_values=values)
+    flags.DEFINE_string(
+        "stages", "", "those to compile, with commas between; all that the recipe has", flag_values=values
+    )
+    flags.DEFINE_bool("search", False, "rank meshes and batch sizes", flag_values=values)
+    flags.DEFINE_bool("json", False, "one line of JSON", flag_values=values)
+    parsed, extra = recipes.parse(argv, values)
+    if extra:
+        raise UserError(f"{extra[0]!r}: not a flag; see `jaxrlhf --help`")
+    experiment = recipes.resolve(parsed)
+    if not values["topology"].value:
+        raise UserError("--topology=CHIP:SHAPE is missing: the TPU slice, for example v5e:8x8")
+    from jaxrlhf import plan, plan_search
+
+    due = plan.due(experiment)
+    stages = tuple(str(values["stages"].value).split(",")) if values["stages"].value else due
+    for stage in stages:
+        if stage not in due:
+            raise UserError(f"--stages={stage}: the recipe's are {', '.join(due)}")
+    how = plan_search.told if values["search"].value else plan.told
+    print(how(experiment, str(values["topology"].value), stages, bool(values["json"].value)))
 
 
 def _run_stages(command: str, argv: list[str]) -> None:

@@ -23,9 +23,9 @@ class Chip:
     ici_rate: float  # one way, all of the chip's links together
 
 
-# flops, hbm_rate and ici_rate: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e}, where ICI is given both ways, so
-# half of it here; v4's ICI, 6 links of 50 GB/s: Jouppi et al. 2023, table 4. hbm: what libtpu 0.0.52 says is available
-# when it refuses a program.
+# flops, hbm_rate and ici_rate: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e}, where ICI is given both ways,
+# so half of it here; v4's ICI, 6 links of 50 GB/s: Jouppi et al. 2023, table 4. hbm: what libtpu 0.0.52 says is
+# available when it refuses a program.
 CHIPS = {
     "v4": Chip(flops=275e12, hbm=30.75 * GIB, hbm_rate=1.2e12, ici_rate=300e9),
     "v5e": Chip(flops=197e12, hbm=15.75 * GIB, hbm_rate=819e9, ici_rate=200e9),

@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(c: Mesh, of: Sequence[jax.Device] = ()) -> DeviceMesh:
+def make_mesh(c: Mesh, of: Sequence[Any] = ()) -> DeviceMesh:
     """A mesh with axes data, fsdp and tensor over the devices, by default all; `UserError` if it does not fit them."""
     sizes = [c.data, c.fsdp, c.tensor]
     devices = len(of) or jax.device_count()

@@ -1,0 +1,237 @@
+"""The steps that stages run, compiled from shapes alone for a mesh that is not there, and what each takes.
+
+Nothing of a model is ever made, so that one of any size fits the host. Texts are as long as the config allows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrlhf import hlo, model, optim, policies, ppo, reward, roofline, sampling, sft, sharding
+from jaxrlhf.config import Experiment
+from jaxrlhf.split import split
+from jaxrlhf.types import ActorCritic, Fixed, PairBatch, PromptBatch, ScalarHead, Scorer, SftBatch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled step."""
+
+    step: str
+    batch: int  # its rows, as the config counts them
+    parts: dict[str, float]  # bytes a chip
+    refused: str  # why there is no program; "" = there is one
+    flops: float  # of all chips together
+    traffic: hlo.Traffic | None
+
+    @property
+    def memory(self) -> float:
+        """Bytes a chip, of all that lies there while the step runs."""
+        return sum(self.parts.values())
+
+    def fits(self, chip: roofline.Chip) -> bool:
+        """Whether it does."""
+        return not self.refused and self.memory <= chip.hbm
+
+    def seconds(self, chip: roofline.Chip, chips: int) -> dict[str, float]:
+        """The least time by compute, HBM and the links between chips; nothing where there is no program."""
+        if self.traffic is None:
+            return {}
+        return roofline.seconds(chip, self.flops / chips, self.traffic.hbm, sum(self.traffic.sent.values()))
+
+
+def rows(
+    config: Experiment, arch: model.Architecture, chip: roofline.Chip, mesh: DeviceMesh, stages: Sequence[str]
+) -> Iterator[Row]:
+    """Compiles each step of the stages in turn; `UserError` for a batch that does not divide over the mesh."""
+    build = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo, "sample": _sample}
+    with jax.set_mesh(mesh):
+        for stage in stages:
+            yield from build[stage](_Base(config, arch, chip, mesh))
+
+
+class _Base:
+    """Shapes that stages start from, each with its place on the mesh."""
+
+    def __init__(self, config: Experiment, arch: model.Architecture, chip: roofline.Chip, mesh: DeviceMesh):
+        self.config, self.arch, self.chip, self.mesh = config, arch, chip, mesh
+        share = config.model.freeze_layers
+        frozen, top = jax.eval_shape(lambda: split(model.init(arch, jax.random.key(0)), share))
+        self.frozen = self.lying(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, arch.dtype), frozen))
+        self.top = self.lying(top)
+        head = ScalarHead(w_D=jax.ShapeDtypeStruct((arch.width,), jnp.float32), b=jax.ShapeDtypeStruct((), jnp.float32))  # pyright: ignore[reportArgumentType]
+        self.scorer, self.actor = Scorer(top=self.top, head=head), ActorCritic(top=self.top, value=head)
+        self.scorer, self.actor = self.lying(self.scorer), self.lying(self.actor)
+        c = config.model
+        self.length = c.prompt_length + c.response_length
+
+    def lying(self, tree: Any) -> Any:
+        """A tree of shapes with the places that parameters have."""
+        return jax.tree.map(_at, tree, sharding.layout(tree, self.mesh))
+
+    def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array of a batch, divided by rows."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(self.mesh))
+
+    def state(self, tx: Any, params: Any, kl_coef: bool = False) -> Any:
+        """What a stage starts from that trains `params`."""
+        start = lambda p: optim.fresh(tx, p, jnp.float32(0) if kl_coef else None)  # noqa: E731
+        return self.lying(jax.eval_shape(start, params))
+
+    @property
+    def key(self) -> Any:
+        """A random key, on every chip."""
+        shape = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(self.mesh, P()))
+
+    def generation(self, temperature: float) -> sampling.Generation:
+        """Sampling up to the longest response."""
+        return sampling.Generation(max_tokens=self.config.model.response_length, temperature=temperature)
+
+    def check(self, section: str, size: int, parts: int = 1) -> None:
+        """`UserError` for a batch that the stage itself would refuse."""
+        sharding.check_divides(f"config.{section}.batch_size", size, self.mesh, parts)
+
+
+def _measure(base: _Base, step: str, batch: int, jitted: Any, arguments: tuple, parts: Any) -> tuple[Row, Any]:
+    """A step's row, and the shapes of what it returns. `parts` are all trees that lie on the chips meanwhile."""
+    traced = jitted.trace(*arguments)
+    sizes = {name: roofline.held(tree) for name, tree in parts.items()}
+    work = roofline.flops(traced.jaxpr)
+    if sum(sizes.values()) > base.chip.hbm:  # seen without minutes of compilation
+        return Row(step, batch, sizes, "what lies there before the step is too much", work, None), None
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Row(step, batch, sizes, _refusal(str(error)), work, None), None
+    m = compiled.memory_analysis()
+    given = sum(roofline.held(x) for x in jax.tree.leaves(arguments) if hasattr(x, "sharding") and not _is_key(x))
+    padding = max(m.argument_size_in_bytes - given, 0)
+    made = m.output_size_in_bytes - m.alias_size_in_bytes
+    sizes["working"] = m.temp_size_in_bytes + m.generated_code_size_in_bytes + made + padding
+    results = jax.tree.map(_at, traced.out_info, compiled.output_shardings)
+    return Row(step, batch, sizes, "", work, hlo.traffic(compiled.as_text())), results
+
+
+def _at(x: Any, place: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _refusal(said: str) -> str:
+    """How much a refused program would take, in the compiler's words."""
+    found = re.search(r"\(?([\d.]+[KMGT])\)? exceeds|Used ([\d.]+[KMGT]) of", said)
+    return f"takes {found[1] or found[2]}iB" if found else " ".join(said.split())[:80]
+
+
+def _pretrain(base: _Base) -> Iterator[Row]:
+    everything = replace(base.config, model=replace(base.config.model, freeze_layers=0.0))
+    yield _next_token(_Base(everything, base.arch, base.chip, base.mesh), "pretrain")
+
+
+def _sft(base: _Base) -> Iterator[Row]:
+    yield _next_token(base, "sft")
+
+
+def _next_token(base: _Base, stage: str) -> Row:
+    c = base.config.sft if stage == "sft" else base.config.pretrain
+    base.check(stage, c.batch_size, c.optim.accumulate)
+    tx = optim.optimizer(c.optim, c.loop.steps)
+    state = base.state(tx, base.top)
+    shape = (c.batch_size, base.length)
+    batch = SftBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
+    parts = _parts(base, state) | {"batch": batch} | ({} if stage == "pretrain" else {"held": base.top})
+    arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
+    return _measure(base, stage, c.batch_size, sft.step, arguments, parts)[0]
+
+
+def _parts(base: _Base, state: Any) -> dict[str, Any]:
+    return {"frozen": base.frozen, "trained": state.params, "optimizer": state.opt_state}
+
+
+def _reward(base: _Base) -> Iterator[Row]:
+    c = base.config.reward
+    base.check("reward", c.batch_size, c.optim.accumulate)
+    tx = optim.optimizer(c.optim, c.loop.steps)
+    state = base.state(tx, base.scorer)
+    shape = (2 * c.batch_size, base.length)
+    batch = PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32)))
+    parts = _parts(base, state) | {"batch": batch, "held": base.top}
+    arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
+    yield _measure(base, "reward", c.batch_size, reward.step, arguments, parts)[0]
+
+
+def _ppo(base: _Base) -> Iterator[Row]:
+    """Rollout, score and update: what one of them holds, the others hold too."""
+    c, arch = base.config.ppo, base.arch
+    base.check("ppo", c.batch_size)
+    tx = optim.optimizer(c.optim, c.loop.steps * c.epochs * c.minibatches)
+    state = base.state(tx, base.actor, kl_coef=True)
+    scorer = None if base.config.reward.init else base.scorer
+    fixed = Fixed(frozen=base.frozen, ref=base.top, scorer=scorer)
+    prompts = _prompts(base, c.batch_size)
+    parts = _parts(base, state) | {"held": (base.top, fixed.ref, fixed.scorer)}
+
+    arguments = (arch, base.generation(c.temperature), base.frozen, state.params.top)
+    arguments = (*arguments, prompts.tokens_BP, prompts.mask_BP, base.key)
+    row, drawn = _measure(base, "ppo rollout", c.batch_size, sampling.sample, arguments, parts | {"batch": prompts})
+    yield row
+    if drawn is None:
+        return
+    given_B = base.array((c.batch_size,), jnp.float32) if scorer is None else None
+    arguments = (arch, c, fixed, state.params, state.kl_coef, prompts, drawn, given_B)
+    row, found = _measure(base, "ppo score", c.batch_size, ppo.score, arguments, parts | {"batch": (prompts, drawn)})
+    yield row
+    if found is None:
+        return
+    arguments = (arch, tx, c, state, base.frozen, found[0], base.key)
+    batch = (prompts, drawn, found[0])
+    yield _measure(base, "ppo update", c.batch_size, ppo.update, arguments, parts | {"batch": batch})[0]
+
+
+def _prompts(base: _Base, size: int) -> PromptBatch:
+    shape = (size, base.config.model.prompt_length)
+    return PromptBatch(
+        tokens_BP=base.array(shape, jnp.int32),
+        mask_BP=base.array(shape, jnp.float32),
+        index_B=base.array((size,), jnp.int32),
+    )
+
+
+def _sample(base: _Base) -> Iterator[Row]:
+    """The pool of SFT samples of a batch of prompts, and their scores."""
+    c, arch = base.config.sampling, base.arch
+    base.check("sampling", c.batch_size)
+    prompts = _prompts(base, c.batch_size)
+    gen = replace(base.generation(c.temperature), top_k=c.top_k, top_p=c.top_p)
+    arguments = (arch, gen, base.frozen, base.top, prompts.tokens_BP, prompts.mask_BP, base.key, c.pool)
+    scorer = () if base.config.reward.init else base.scorer
+    parts = {"frozen": base.frozen, "trained": base.top, "held": (base.top, scorer)}
+    row, drawn = _measure(base, "sample", c.batch_size, sampling.sample, arguments, parts | {"batch": prompts})
+    yield row
+    if drawn is None or not scorer:
+        return
+    shape = (c.batch_size * c.pool, base.length)
+    batch = (base.array(shape, jnp.int32), base.array(shape, jnp.float32))
+    arguments = (arch, base.frozen, base.scorer, *batch)
+    yield _measure(base, "sample score", c.batch_size, policies.score, arguments, parts | {"batch": (drawn, batch)})[0]
+
+
+def times(found: Sequence[Row], chip: roofline.Chip, chips: int) -> list[float]:
+    """The least seconds of each step; infinite where there is no program."""
+    return [max(r.seconds(chip, chips).values(), default=math.inf) for r in found]
