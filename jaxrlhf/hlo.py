@@ -49,6 +49,11 @@ class _Computation:
     def root(self) -> _Instruction:
         return list(self.instructions.values())[-1]
 
+    @property
+    def starts(self) -> bool:
+        """Whether a collective starts here that ends elsewhere."""
+        return "AsyncCollectiveStart" in self.root.rest
+
     def users(self, name: str) -> Iterator[_Instruction]:
         """Who takes this value, bitcasts seen through."""
         for user in self.instructions.values():
@@ -72,17 +77,19 @@ def traffic(text: str) -> Traffic:
     """
     computations, entry = _parse(text)
     hbm, sent = 0.0, defaultdict[str, float](float)
+    channels = defaultdict[str, list[tuple[float, _Computation, _Instruction]]](list)
     for computation, times in _runs(computations, entry):
-        seen: set[str] = set()
         for x in computation.instructions.values():
             hbm += times * _moved(computations, computation, x)
             for holder, collective in _collectives(computations, computation, x):
                 channel = re.search(r"channel_id=(\d+)", collective.rest)
-                mark = channel[1] if channel else collective.name
-                if mark not in seen:
-                    seen.add(mark)
-                    sent[_kind(collective)] += times * _sent(holder, collective)
-                    hbm += times * _passed(holder, collective)
+                channels[channel[1] if channel else collective.name].append((times, holder, collective))
+    for found in channels.values():
+        # What starts in one fusion may go on in others, in loops too; it runs as often as it starts.
+        begun = [f for f in found if f[1].starts]
+        for times, holder, collective in begun or found:
+            sent[_kind(collective)] += times * _sent(holder, collective)
+            hbm += times * _passed(holder, collective)
     return Traffic(hbm, dict(sent))
 
 
@@ -131,7 +138,7 @@ def _runs(computations: dict[str, _Computation], name: str, times: float = 1.0) 
             condition = re.search(r"condition=%([\w.-]+)", x.rest)
             assert body is not None
             assert condition is not None
-            yield from _runs(computations, body[1], times * _trips(computations, condition[1]))
+            yield from _runs(computations, body[1], times * _trips(computations, condition[1], body[1]))
         elif x.opcode == "call":
             for c in called:
                 yield from _runs(computations, c, times)
@@ -143,8 +150,8 @@ def _runs(computations: dict[str, _Computation], name: str, times: float = 1.0) 
                 yield from _runs(computations, c.strip().lstrip("%"), times)
 
 
-def _trips(computations: dict[str, _Computation], condition: str) -> int:
-    """A loop's bound: the largest integer that its condition compares with."""
+def _trips(computations: dict[str, _Computation], condition: str, body: str) -> int:
+    """How often a loop runs: the largest integer that its condition compares with, over what its counter grows by."""
     found, held = [], [condition]
     for name in held:
         for x in computations[name].instructions.values():
@@ -153,7 +160,18 @@ def _trips(computations: dict[str, _Computation], condition: str) -> int:
                 found.append(int(x.operands[0]))
     if not found:
         raise ValueError(f"the loop whose condition is {condition} has no bound that can be read")
-    return max(found)
+    return -(-max(found) // _stride(computations[condition], computations[body]))
+
+
+def _stride(condition: _Computation, body: _Computation) -> int:
+    """What a loop's counter grows by; 1 where that cannot be seen. Products in windows count by twos."""
+    counter = [re.search(r"index=(\d+)", condition.instructions[o].rest) for o in condition.root.operands]
+    for index in (int(found[1]) for found in counter if found):
+        grown = body.source(body.root.operands[index])
+        if grown.opcode == "add":
+            constants = [body.instructions[o] for o in grown.operands if body.instructions[o].opcode == "constant"]
+            return max((int(c.operands[0]) for c in constants), default=1)
+    return 1
 
 
 def _collectives(

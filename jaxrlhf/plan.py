@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,14 @@ from jaxrlhf.roofline import GIB
 STAGES = ("pretrain", "sft", "reward", "ppo", "sample")
 STEPS = {"ppo": ("ppo rollout", "ppo score", "ppo update"), "sample": ("sample", "sample score")}
 SHAPES = {"v4": "2x2x1", "v5e": "8x8", "v5p": "2x2x1", "v6e": "4x4"}
+# Keeps libtpu from asking the network which TPU this machine has, and from refusing a second process.
+_NOT_THERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 # A device is a chip, not one of its two cores.
 _MEGACORE = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1, "wrap": (False,) * 3}
 
@@ -39,6 +48,8 @@ def topology(name: str) -> tuple[roofline.Chip, Sequence[Any]]:
     if chip not in roofline.CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"--topology={name!r}: expected CHIP:SHAPE, such as {known}")
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPU
+    for variable, value in _NOT_THERE.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     options: dict[str, Any] = _MEGACORE if chip == "v4" else {}

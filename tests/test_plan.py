@@ -12,7 +12,6 @@ import pytest
 
 from jaxrlhf import model, plan, plan_search, roofline
 from jaxrlhf.config import Experiment, Mesh, Model, Sft
-from jaxrlhf.files import UserError
 from jaxrlhf.main import main
 from jaxrlhf.plan_search import Trial
 from jaxrlhf.split import split

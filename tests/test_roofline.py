@@ -143,6 +143,15 @@ def test_traffic_of_a_program_written_by_hand():
     assert found.hbm == 6 * (10 * 10 * 4 + (8 + 32) * 16 * 2) + 2 * (8 * 4 * 4) + 8 * 4 * 4
 
 
+def test_a_counter_that_grows_by_twos_halves_a_loop():
+    by_twos = PROGRAM.replace(
+        "ROOT %next = (s32[], f32[6,10,10]{2,1,0}, bf16[8,16]{1,0}) tuple(%i,",
+        "%two = s32[]{:S(4)} constant(2)\n  %more = s32[]{:S(4)} add(%i, %two)\n"
+        "  ROOT %next = (s32[], f32[6,10,10]{2,1,0}, bf16[8,16]{1,0}) tuple(%more,",
+    )
+    assert hlo.traffic(by_twos).sent["all-gather"] == hlo.traffic(PROGRAM).sent["all-gather"] / 2
+
+
 def test_a_real_loop_moves_as_much_as_it_is_long():
     def run(length: int) -> float:
         def layers(x: jax.Array, w: jax.Array) -> jax.Array:
