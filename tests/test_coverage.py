@@ -13,6 +13,7 @@ import pytest
 from jaxrlhf.data import world
 from jaxrlhf.evaluation import significance
 from jaxrlhf.evaluation.diversity import of_texts
+from jaxrlhf.evaluation.length_bias import length_controlled
 from jaxrlhf.evaluation.measures import LIMITS
 from jaxrlhf.evaluation.statistics import (
     blocks,
@@ -118,6 +119,22 @@ def test_win_rates_without_draws(n):
     assert 0.945 <= covered_P.mean() <= 0.96
     assert covered_P[(p_P > 0.8) | (p_P < 0.2)].mean() == pytest.approx(0.952, abs=0.008)
     assert covered_P.min() > 0.90
+
+
+@SIZES
+@pytest.mark.parametrize(("quality", "bias", "longer"), [(0.9, 1.0, 1.0), (-0.5, -0.7, 0.3)])
+def test_win_rates_at_equal_length(quality, bias, longer, n):
+    """Outcomes drawn from the logistic model itself; of 600 sets of 100 and 300 of 500, 93.3 to 95.7 % held it."""
+    rng = np.random.default_rng(n)
+    sets, truth = (300, 1 / (1 + math.exp(-quality)))
+    sd = math.sqrt((1 + longer**2) * math.exp(0.18) - longer**2 * math.exp(0.09))
+    held = []
+    for _ in range(sets):
+        difference_B = rng.normal(longer, 1, n) * np.exp(0.3 * rng.normal(size=n))
+        p_B = 1 / (1 + np.exp(-quality - bias * np.tanh(difference_B / sd)))
+        held.append(length_controlled((rng.random(n) < p_B).astype(float), 120 * difference_B, 300))
+    error = 3 * math.sqrt(0.05 * 0.95 / sets)
+    assert 0.95 - error <= share([e["low"] for e in held], truth, [e["high"] for e in held]) <= 0.95 + error
 
 
 @SIZES
