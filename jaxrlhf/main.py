@@ -114,7 +114,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> Any:
     try:
         extra = values(argv)[1:]
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from None
+        raise UserError(f"{str(error).splitlines()[0]}; see `jaxrlhf --help`") from None
     _finish_parsing(extra, values)
     return values
 

@@ -128,6 +128,11 @@ def _load(
     shapes = {leaf: shape for leaf, shape in _shapes(arch).items() if not (reward and leaf == "lm_head/kernel")}
     prefix = next((p for p in families.PREFIXES[arch.family] if _name(arch, "embed/tokens", p) in stored), "")
     names = {leaf: _name(arch, leaf, prefix) for leaf in shapes}
+    if SCORE in stored and not reward:
+        raise UserError(
+            f"{directory}: holds {SCORE}: a reward model, which has no output head and cannot be a base; "
+            f"PPO trains against it with --config.reward.init={directory}"
+        )
     score = _score(directory, arch, stored, read) if reward else np.zeros((1, 0), np.float32)
     _check_names(directory, arch, names, {k: v for k, v in stored.items() if not (reward and k == SCORE)}, read)
     mesh = mesh or sharding.make_mesh(Mesh())

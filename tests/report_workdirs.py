@@ -182,6 +182,7 @@ def write_samples(path):
                     "responses": [f" {text} {j}" for j in range(4)],
                     "scores": [0.11 + j for j in range(4)],
                     "gold": [3.0 - j for j in range(4)],
+                    "finished": [j != 1 for j in range(4)],
                 }
                 for i in range(5)
             ]

@@ -81,6 +81,11 @@ def eight_bits(folder):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
+        (
+            tensors(lambda found: found.update({"score.weight": np.zeros((1, 8), np.float32)})),
+            "holds score.weight: a reward model, which has no output head and cannot be a base; PPO trains against it "
+            "with --config.reward.init=",
+        ),
         (lambda f: (f / SINGLE).unlink(), ": no model.safetensors; where PyTorch is installed"),
         (lambda f: (f / SINGLE).rename(f / "pytorch_model.bin"), "only pytorch_model.bin, which can run code"),
         (bytes_kept(-3), f"{SINGLE}: not a whole safetensors file"),

@@ -228,6 +228,18 @@ def test_the_reward_model_as_judge(tmp_path):
     assert (e["mean"], e["n"]) == ((0 + 0.5) / 2, 2)
 
 
+def test_equal_answers_draw_whatever_the_last_digit_of_their_scores(tmp_path):
+    said = record(1, [0.5, 0.5], [0.3 + 1e-7, -1.0], reference_score=0.3) | {"reference": "1 a b c"}
+    cut = said | {"finished": [False, True]}  # cut off, it is another answer than the reference
+    samples(tmp_path, "sft", "id", [said])
+    samples(tmp_path, "ppo", "id", [said | {"scores": [0.3 - 1e-7, -1.0]}])
+    found = evaluate(tmp_path, "reward")
+    assert [found["policies"][p]["id"]["win_rate"]["mean"] for p in ("sft", "ppo")] == [0.25, 0.25]
+    assert found["comparisons"][0]["win_rate"]["mean"] == 0.5
+    samples(tmp_path, "sft", "id", [cut])
+    assert evaluate(tmp_path, "reward")["policies"]["sft"]["id"]["win_rate"]["mean"] == 0.5
+
+
 def test_a_number_that_was_not_measured_is_absent(tmp_path):
     rows = [{k: v for k, v in record(i, [], [0.5, 1.5]).items() if k != "gold"} for i in range(3)]
     samples(tmp_path, "sft", "id", rows)

@@ -7,6 +7,7 @@ from jaxrlhf.evaluation.statistics import (
     jackknife,
     mean_estimate,
     mean_estimates,
+    narrowed,
     over_seeds,
     wilson,
     win_rate,
@@ -112,3 +113,12 @@ def test_jackknife_below_a_limit_is_symmetric_in_the_log_of_the_room_left():
     wide = jackknife(0.5, np.array([0.0, 1.0, 0.0, 1.0]), UNIT)
     assert 0 == wide["low"] < wide["high"] < 1
     assert jackknife(0.5, np.array([0.0, 3.0]), (0.0, np.inf))["low"] == 0
+
+
+def test_narrowed_values_have_the_variance_of_the_formula():
+    without = np.array([0.5, -1.0, 2.0, 0.25])
+    variance = 3 / 4 * ((without - without.mean()) ** 2).sum()
+    e, wide = jackknife(0.4, narrowed(without, 3 * variance)), jackknife(0.4, without)
+    assert e["high"] - e["low"] == pytest.approx((wide["high"] - wide["low"]) / 2)
+    assert narrowed(without, 0.0) == pytest.approx(without)
+    assert narrowed(np.full(3, 0.1), 0.7) == pytest.approx(np.full(3, 0.1))

@@ -135,6 +135,10 @@ def load_sentence_encoder(directory: Path) -> SentenceEncoder:
 def load_classifier(directory: Path) -> Classifier:
     """Reads a sequence-classification directory; its labels are the config's `id2label`. Raises as above."""
     path = directory / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file; an NLI model is a directory as transformers saves a sequence classifier"
+        )
     arch, config = _architecture(path)
     names = config["id2label"]
     if sorted(names) != list(range(len(names))):
@@ -154,6 +158,8 @@ def load_classifier(directory: Path) -> Classifier:
 def _modules(directory: Path) -> dict[str, Path]:
     """Where each of the encoder's modules is."""
     path = directory / "modules.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a sentence encoder is a directory as sentence-transformers saves it")
     modules = read_json(path)
     try:
         paths = {str(m["type"]).rpartition(".")[2]: str(m["path"]) for m in sorted(modules, key=lambda m: m["idx"])}

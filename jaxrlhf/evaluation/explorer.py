@@ -80,7 +80,11 @@ def _key(record: Record) -> tuple[str, str]:
 def _answers(record: Record) -> list[tuple[list[str], str]]:
     cut = pieces([_shown(t) for t in record["responses"][:ANSWERS]])
     columns = [(name, record[key]) for name, key in (("score", "scores"), ("gold", "gold")) if key in record]
-    return [(parts, ", ".join(f"{name} {values[i]:.2f}" for name, values in columns)) for i, parts in enumerate(cut)]
+    ended = record.get("finished", [True] * len(record["responses"]))
+    told = [
+        [f"{name} {values[i]:.2f}" for name, values in columns] + ["cut off"] * (not ended[i]) for i in range(len(cut))
+    ]
+    return [(parts, ", ".join(numbers)) for parts, numbers in zip(cut, told, strict=True)]
 
 
 def _shown(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from jaxrlhf.evaluation import outputs
 from jaxrlhf.files import UserError, read_json, read_records
 
-Record = Mapping[str, Any]  # "id", "prompt", "responses"; "reference", "scores", "gold" where they are known
+Record = Mapping[str, Any]  # "id", "prompt", "responses"; "reference", "scores", "gold", "finished" where known
 Samples = dict[str, dict[str, Sequence[Record]]]  # policy -> split
 
 
@@ -57,6 +57,9 @@ def _checked(path: Path) -> Sequence[Record]:
             values = record.get(field, [0.0] * len(texts))
             if not isinstance(values, list) or len(values) != len(texts) or set(map(type, values)) - {int, float}:
                 raise UserError(f"{path}, record {i}: {field} must be {len(texts)} numbers, one a response")
+        ended = record.get("finished", [True] * len(texts))
+        if not isinstance(ended, list) or len(ended) != len(texts) or set(map(type, ended)) - {bool}:
+            raise UserError(f"{path}, record {i}: finished must be {len(texts)} times true or false, one a response")
     return records
 
 

@@ -144,6 +144,21 @@ def jackknife(whole: float, without: np.ndarray, limits: Limits = ANY) -> Estima
     return {"mean": whole, "low": max(min(low, whole), least), "high": min(max(high, whole), greatest), "n": n}
 
 
+def narrowed(without_B: np.ndarray, pairs: float) -> np.ndarray:
+    """Values for `jackknife` whose variance V has become V^2 / (V + pairs).
+
+    `pairs` sums, over pairs of items, the square of S - S_-i - S_-j + S_-ij. The jackknife counts what k items do
+    together k times; it sums to V1 + 2 V2 + 3 V3 ..., and `pairs` to V2 + 3 V3 + ... (Efron & Stein 1981). V - pairs is
+    right to the second order, but can fall below 0; this agrees with it to that order and cannot. Of the kinds of word
+    of a set, of which one is met L times on average, V is L e^-L, the truth is e^-L (1 - e^-L), and this is within
+    5 % of that up to L = 1 and 45 % above it at L = 5. Without it, intervals of outputs that often repeat each other's
+    words hold the truth 98 to 99 % of the time.
+    """
+    off_B = without_B - without_B.mean()
+    variance = (len(off_B) - 1) / len(off_B) * float((off_B**2).sum())
+    return without_B if variance == 0 else without_B.mean() + off_B * math.sqrt(variance / (variance + pairs))
+
+
 def blocks(rank_B: np.ndarray) -> np.ndarray:
     """A block for each item, 10 of equal sizes or an item each where there are fewer; `rank_B` orders the items."""
     n = len(rank_B)
