@@ -18,7 +18,7 @@ from jaxrlhf.data import task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json, whole_folder, write_json, write_text
 from jaxrlhf.split import join
-from jaxrlhf.types import Params, Top
+from jaxrlhf.types import Params, Scorer, Top
 
 MARK = "jaxrlhf.json"  # tells a directory of ours from anybody's
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
@@ -37,7 +37,7 @@ def export(workdir: Path, policy: str, to: Path) -> None:
 
     Args:
       workdir: whose stage that trained it is finished.
-      policy: sft | ppo | reward.
+      policy: of card.TITLES.
       to: a new or empty folder, or one that an export wrote.
 
     Raises:
@@ -67,6 +67,11 @@ def _write_reward(run: Run, policy: str, folder: Path) -> None:
     # Where end-of-text pads, transformers would read the token before it, and not it (PROTOCOL D15).
     tokenizer = tokens.save_files(run.task.tokenizer, folder, "right", pad=True)
     scorer = run.scorer()
+    if not isinstance(scorer, Scorer):
+        raise UserError(
+            f"--policy=reward: an ensemble of {run.config.reward.ensemble} is no single model; "
+            "a workdir with --config.reward.ensemble=1 has its first member"
+        )
     arch, params = _with_row(run.arch, _whole(run, scorer.top), tokenizer)
     weights.export_reward(folder, arch, params, scorer.head, _special(tokenizer))
 
@@ -146,7 +151,7 @@ def _with_row(
 
 
 def _told(run: Run, policy: str) -> card.Told:
-    folders = {"sft": ("sft",), "reward": ("sft", "reward"), "ppo": ("sft", "reward", "ppo")}[policy]
+    folders = dict.fromkeys(("sft", *(() if policy in ("sft", "dpo") else ("reward",)), policy))
     results = run.workdir / "results.json"
     init = run.config.model.init
     return card.Told(

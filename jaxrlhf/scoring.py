@@ -19,7 +19,7 @@ from jaxrlhf.data import batches, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json
 from jaxrlhf.split import split
-from jaxrlhf.types import Frozen, PromptBatch, Sample, ScalarHead, Scorer
+from jaxrlhf.types import Ensemble, Frozen, PromptBatch, Sample, ScalarHead, Scorer
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RewardModel:
     tokenizer: tokens.Tokenizer
 
 
-Reward = Scorer | RewardModel
+Reward = Scorer | Ensemble | RewardModel
 
 
 def of_run(run: Run) -> Reward:
@@ -57,7 +57,7 @@ def of_run(run: Run) -> Reward:
 
 def scored_by(run: Run, reward: Reward) -> policies.Score:
     """How samples of this run's policies are scored."""
-    if isinstance(reward, Scorer):
+    if not isinstance(reward, RewardModel):
         return policies.on_trunk(run, reward)
 
     def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
@@ -68,13 +68,20 @@ def scored_by(run: Run, reward: Reward) -> policies.Score:
     return score_drawn
 
 
+def members(reward: Reward) -> list[Reward]:
+    """The members of an ensemble, each a reward model; of any other, itself."""
+    if not isinstance(reward, Ensemble):
+        return [reward]
+    return [jax.tree.map(lambda x, e=e: x[e], reward.members) for e in range(reward.members.head.b.shape[0])]
+
+
 def of_responses(run: Run, reward: Reward, records: Sequence, field: str) -> np.ndarray:
     """Scores [N] of the responses that records have in `field`, cut to fit as training cuts them."""
     size = run.config.sampling.batch_size
     examples = [r | {"response": r[field], "response_finished": r.get(f"{field}_finished", "1")} for r in records]
     scores = [np.zeros(0, np.float32)]
     for batch, valid in batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths):
-        if isinstance(reward, Scorer):
+        if not isinstance(reward, RewardModel):
             placed = sharding.shard_batch(batch, run.mesh)
             found = policies.score(run.arch, run.base[0], reward, placed.tokens_BT, placed.mask_BT)
         else:

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxrlhf import collect, ppo, reward, scoring, sft, weights
+from jaxrlhf import collect, dpo, groups, ppo, reward, scoring, sft, weights
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
 from jaxrlhf.evaluation import report, results
-from jaxrlhf.experiment import STAGES, Run
+from jaxrlhf.experiment import Run
 from jaxrlhf.logs import say
 
-_TRAIN = {"pretrain": sft.pretrain, "sft": sft.sft, "reward": reward.reward, "ppo": ppo.ppo, "sample": collect.sample}
+_TRAIN = {
+    "pretrain": sft.pretrain,
+    "sft": sft.sft,
+    "reward": reward.reward,
+    "ppo": ppo.ppo,
+    "dpo": dpo.dpo,
+    "rloo": groups.rloo,
+    "grpo": groups.grpo,
+    "sample": collect.sample,
+}
 
 
 def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_finished: bool) -> None:
@@ -22,7 +31,7 @@ def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_fi
     data = task.load(config, workdir, say) if any(s in _TRAIN for s in stages) else None
     fresh = False
     for stage in stages:
-        title = f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}"
+        title = f"[{config.stages.index(stage) + 1}/{len(config.stages)}] {stage}"
         if stage == "evaluate":
             if fresh or not skip_finished or not (workdir / "results.json").exists():
                 say(f"{title}: measuring generalisation and diversity")

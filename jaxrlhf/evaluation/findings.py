@@ -116,7 +116,7 @@ def variety(found: Found) -> Place | None:
 
 
 def pairs(found: Found) -> list[tuple[str, str]]:
-    """Each policy beside SFT, or beside the first one; and PPO beside best-of-N."""
+    """Each policy beside SFT, or beside the first one; PPO beside best-of-N, and other methods beside PPO."""
     return list(against_each_other(list(found.looks)))
 
 

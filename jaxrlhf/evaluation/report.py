@@ -15,8 +15,8 @@ from jaxrlhf.evaluation.figures import Estimate, visible
 from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.evaluation.measures import CUT
 from jaxrlhf.files import UserError, read_json, read_records, write_text
+from jaxrlhf.names import METHODS, POLICIES, TITLES, TRAINED
 
-STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
 # Parts of a number that has its own place on the page.
 PARTS = ("win_rate_by_length",)
 CUTS = ("truncated", "overlong", "join_mismatch")  # of prompts, responses, and both
@@ -24,7 +24,7 @@ SHOWN_PROMPTS, SHOWN_RESPONSES, SHOWN_LETTERS = 3, 2, 20_000
 TASKS = {"world": "the embedded world: generated forum posts to summarise", "files": "texts from files"}
 JUDGES = {
     "gold": "the gold judge, which knows the truth",
-    "reward": "the reward model trained here; PPO was trained against it, so its verdicts flatter PPO",
+    "reward": "the reward model trained here; its verdicts flatter policies that were trained against it, PPO first",
     "length": "length: the longer response wins, a baseline for other judges",
     "annotations": "the annotations given",
 }
@@ -38,6 +38,19 @@ FACTS = (
         "PPO",
         "{ppo.loop.steps} steps of {ppo.batch_size} prompts, {ppo.epochs} epochs each, learning rate {ppo.optim.lr}, "
         "KL coefficient {ppo.kl_coef}",
+    ),
+    (
+        "DPO",
+        "{dpo.loop.steps} steps of {dpo.batch_size} pairs, loss {dpo.loss}, beta {dpo.beta}, "
+        "learning rate {dpo.optim.lr}",
+    ),
+    *(
+        (
+            TITLES[m],
+            f"{{{m}.loop.steps}} steps of {{{m}.batch_size}} prompts, {{{m}.samples}} responses to each, learning rate "
+            f"{{{m}.optim.lr}}, KL coefficient {{{m}.kl_coef}}",
+        )
+        for m in ("rloo", "grpo")
     ),
     ("sampling", "{sampling.samples_per_prompt} responses a prompt at temperature {sampling.temperature}"),
     ("seed", "{seed}"),
@@ -59,10 +72,10 @@ def write_report(workdir: Path) -> Path:
     """
     found = read_results(workdir)
     config = found.results["config"] or _json(workdir / "config.json")
-    summaries = {s: _json(workdir / s / "summary.json") for s in (*STAGES, "samples")}
-    metrics = {s: read_records(p, ("step",)) for s in STAGES if (p := workdir / s / "metrics.jsonl").exists()}
+    summaries = {s: _json(workdir / s / "summary.json") for s in (*TRAINED, "samples")}
+    metrics = {s: read_records(p, ("step",)) for s in TRAINED if (p := workdir / s / "metrics.jsonl").exists()}
     accuracy = _accuracy(summaries["reward"])
-    curves = {STAGES[s]: list(figures.curves(s, rows)) for s, rows in metrics.items()}
+    curves = {TITLES[s]: list(figures.curves(s, rows)) for s, rows in metrics.items()}
     pictures = _pictures(found, accuracy) | {n: png for drawn in curves.values() for n, _, png in drawn}
     context = {
         "title": config.get("name", "outputs"),
@@ -106,7 +119,7 @@ def read_results(workdir: Path) -> Found:
     empty |= {"differences": [], "comparisons": [], "task": "", "judge": "", "judge_report": {}}
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
-    known = {"sft": "SFT", "bon": f"best-of-{n}", "ppo": "PPO"}
+    known = {p: TITLES[p] for p in POLICIES if p != "bon"} | {"bon": f"best-of-{n}"}
     held = dict.fromkeys(s for splits in measured for s in splits)
     ordered = [s for s in ("id", ALL) if s in held] + [s for s in held if s not in ("id", ALL)]
     return Found(
@@ -218,7 +231,8 @@ def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         yield "base", scratch if flat["pretrain.init"] == "scratch" else f"{flat['pretrain.init']}, shipped"
     for fact, text in FACTS:
         keys = re.findall(r"\{(.*?)\}", text)
-        if all(flat.get(key) for key in keys):
+        skipped = fact.lower() in METHODS and fact.lower() not in results["policies"]
+        if all(flat.get(key) for key in keys) and not skipped:
             yield fact, re.sub(r"\{(.*?)\}", lambda match: flat[match[1]], text)
     bon = results["sampling"].get("bon", {})
     if {"best_of", "pool"} <= bon.keys():
@@ -334,7 +348,8 @@ def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
         yield "Head-to-head win rates: results.json has no comparisons."
     if not shown["config"]:
         yield "Configuration: neither results.json nor config.json has one."
-    stages: Sequence[str] = [title for title in STAGES.values() if title not in shown["curves"]]
+    ran = [s for s in TRAINED if s not in METHODS or s in found.results["policies"]]
+    stages: Sequence[str] = [TITLES[s] for s in ran if TITLES[s] not in shown["curves"]]
     if stages:
         yield f"Training curves ({', '.join(stages)}): no metrics.jsonl there."
     if not shown["accuracy"]:

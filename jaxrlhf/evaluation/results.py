@@ -15,12 +15,12 @@ from jaxrlhf.evaluation.measures import WIN_RATE, Measured, against_each_other
 from jaxrlhf.evaluation.statistics import Estimate, win_rate
 from jaxrlhf.files import UserError, read_json, read_records, write_json
 from jaxrlhf.logs import say
+from jaxrlhf.names import POLICIES
 
 if TYPE_CHECKING:
     from jaxrlhf.config import Experiment
 
 Log = Callable[[str], None]
-POLICIES = ("sft", "bon", "ppo")
 Policies = dict[str, dict[str, Measured]]  # policy -> split
 Samples = dict[str, list[dict[str, Any]]]  # split -> records
 
