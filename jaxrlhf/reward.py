@@ -31,7 +31,7 @@ def loss(
     """
     rows = batch.tokens_BT, model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT), batch.mask_BT
     if isinstance(scorer, Scorer):
-        return losses.reward_loss(*policies.read_out(arch, scorer, *rows).reshape(2, -1))
+        return losses.reward_loss(*jnp.split(policies.read_out(arch, scorer, *rows), 2))
     E = scorer.members.head.b.shape[0]
     own = (x.reshape(E, -1, *x.shape[1:]) for x in rows)
     score_EP = jax.vmap(partial(policies.read_out, arch))(scorer.members, *own)
