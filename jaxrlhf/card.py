@@ -12,9 +12,14 @@ from typing import Any
 
 from jaxrlhf import names
 from jaxrlhf.config import Experiment, Optim
+from jaxrlhf.data.selection import main_prompt
 
 TITLES = {p: f"{names.TITLES[p]} policy" for p in names.POLICIES if p != "bon"} | {"reward": "reward model"}
-TASKS = {"world": "generated forum posts to summarise, the embedded world of jaxrlhf", "files": "texts from files"}
+TASKS = {
+    "world": "generated forum posts to summarise, the embedded world of jaxrlhf",
+    "files": "texts from files",
+    "datasets": "public or own datasets",
+}
 HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MEASURES = ("win_rate", "gold", "score", "length")
 LIMITS = {
@@ -79,12 +84,17 @@ def _trained(told: Told) -> Iterator[str]:
 
 def _facts(told: Told) -> Iterator[tuple[str, str]]:
     c = told.config
-    yield "base", safe(told.base) or ("an imported model" if c.model.init else f"pretrained here: {c.pretrain.init}")
+    own = "pretrained here" if c.pretrain.init == "scratch" else f"{c.pretrain.init}, shipped with jaxrlhf"
+    yield "base", safe(told.base) or ("an imported model" if c.model.init else own)
     yield "frozen", f"{c.model.freeze_layers:g} of the layers, from the bottom, with embeddings and output head"
     yield "lengths", f"{c.model.prompt_length} tokens of prompt, {c.model.response_length} of response"
     if c.task == "files":
         yield "prompt format", safe(c.files.prompt.replace("\n", "\\n"))
         yield "sources", safe(", ".join(c.files.id_sources))
+    if c.task == "datasets":
+        yield "prompt format", safe(main_prompt(c.datasets).replace("\n", "\\n"))
+        yield "datasets", safe(", ".join(dict.fromkeys((c.datasets.sft, c.datasets.preferences, *c.datasets.far))))
+        yield "in-distribution", f"split {c.datasets.split}, {c.datasets.subset:g} of its training records"
     examples = told.summaries["sft"].get("examples")
     yield "SFT", f"{c.sft.loop.steps} steps of {c.sft.batch_size}, {examples} demonstrations, {_optim(c.sft.optim)}"
     reward = told.summaries.get("reward", {})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import ml_collections
 
 from jaxrlhf import names
+from jaxrlhf.config_data import Datasets
 from jaxrlhf.evaluation.judge import Judge
 from jaxrlhf.files import UserError, read_json
 
@@ -237,7 +237,8 @@ class Evaluation:
     """What is measured and how sure it is."""
 
     # Who decides win rates against the reference and head to head: gold | reward (the scores that samples carry) |
-    # length (the longer response, a baseline) | openai:MODEL (a server that speaks the OpenAI chat API).
+    # length (the longer response, a baseline) | openai:MODEL (a server that speaks the OpenAI chat API) |
+    # reward:DIRECTORY (another run's reward model, by its workdir, or a Hugging Face directory's).
     judge: str = "gold"
     judge_base_url: str = "https://api.openai.com/v1"
     judge_template: str = "tldr"  # tldr | cnndm | instructions | a file with {prompt}, {answer_1} and {answer_2}
@@ -271,10 +272,11 @@ class Experiment:
 
     name: str = "experiment"
     seed: int = 0
-    task: str = "world"  # world | files
+    task: str = "world"  # world | files | datasets
     methods: str = ""  # trained beside PPO and compared with it: of dpo, rloo, grpo, with commas between
     world: World = field(default_factory=World)
     files: Files = field(default_factory=Files)
+    datasets: Datasets = field(default_factory=Datasets)
     model: Model = field(default_factory=Model)
     mesh: Mesh = field(default_factory=Mesh)
     pretrain: Pretrain = field(default_factory=Pretrain)
@@ -311,16 +313,6 @@ def with_base(experiment: Experiment, workdir: Path) -> Experiment:
     if experiment.model.init or not (workdir / "base").exists():
         return experiment
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, init="base"))
-
-
-def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> Iterator[str]:
-    """The keys in which two resolved configs differ, each as `config.a.b: old -> new`."""
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from changes(a, b, f"{prefix}.{key}")
-        elif a != b:
-            yield f"{prefix}.{key}: {a!r} -> {b!r}"
 
 
 def build(kind: Any, values: dict[str, Any], name: str) -> Any:

@@ -56,10 +56,9 @@ def step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on TOP."""
     grads, metrics = jax.grad(lambda top: loss(arch, c, frozen, ref, top, batch), has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # pyright: ignore
-    return state, metrics | {"grad_norm": optax.global_norm(grads)}
+    state, norm = optim.update(tx, metrics["loss"], grads, state)
+    state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return state, metrics | norm | optim.left_out(state)
 
 
 @partial(jax.jit, static_argnames=("arch",))
@@ -96,10 +95,11 @@ def dpo(run: Run) -> None:
         directory=run.directory("dpo"),
         loop=c.loop,
         state=optim.new_state(tx, ref, run.mesh),
-        meta=run.meta,
+        meta=run.meta("dpo"),
         step=lambda state, i: step(
             run.arch, tx, c, state, frozen, ref, sharding.shard_batch(train_batches[i], run.mesh)
         ),
+        ids=lambda i: batches.ids(pairs["train"], batch_size=c.batch_size, seed=run.seed("dpo"))[i],
         evaluate=lambda state: {
             f"accuracy_{s}": e["mean"] for s, e in _ranked(run, ref, state.params, pairs)["accuracy"].items()
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxrlhf.files import Failure, UserError, read_json, write_json
+from jaxrlhf.files import Failure, Stopped, UserError
 from jaxrlhf.logs import say
 from jaxrlhf.names import METHODS, STAGES
 
@@ -27,8 +28,11 @@ USAGE = """jaxrlhf COMMAND [flags]
              who wins, by a judge: --judge=length, or --judge=openai:MODEL [--judge_base_url=http://…/v1]
                               [--judge_template=instructions|tldr|cnndm|FILE] [--judge_order=both|random]
                               [--max_requests=N] [--judge_concurrency=N] [--judge_api_key_env=NAME]
+                              or --judge=reward:DIR, a reward model's [--judge_prompt=alpaca|chat|'…{instruction}…']
              for alpaca_eval: --export_alpaca_eval=FOLDER writes each as FOLDER/NAME/model_outputs.json
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
+             of several: jaxrlhf report --workdir=runs/all --compare=runs/a --compare=runs/b
+             over seeds: jaxrlhf report --workdir=runs/all --seeds=runs/s0 --seeds=runs/s1
   import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
   export     a trained model as a directory that transformers loads:
@@ -39,8 +43,12 @@ Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jax
 
 
 def console() -> None:
-    """The console script `jaxrlhf`: exit status 0 done, 2 the user's input is wrong, 1 anything else."""
-    status = main(sys.argv)
+    """The console script `jaxrlhf`: exit status 0 done or stopped, 2 the user's input is wrong, 1 anything else."""
+    from jaxrlhf import preemption
+
+    recipe = len(sys.argv) > 1 and sys.argv[1] in ("run", *STAGES) and _has(sys.argv, "config")
+    with preemption.leaving() if recipe else contextlib.nullcontext():
+        status = main(sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -59,8 +67,10 @@ def main(argv: list[str]) -> int:
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 1
     return 0
 
@@ -81,7 +91,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "evaluate" and not _has(rest, "config"):
         _evaluate_outputs(rest)
     elif command == "report" and not _has(rest, "config"):
-        _report(_parse(rest, _values()).workdir)
+        _report(rest)
     else:
         _run_stages(command, rest)
 
@@ -100,7 +110,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> Any:
     try:
         extra = values(argv)[1:]
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from None
+        raise UserError(f"{str(error).splitlines()[0]}; see `jaxrlhf --help`") from None
     _finish_parsing(extra, values)
     return values
 
@@ -132,10 +142,10 @@ def _evaluate_outputs(argv: list[str]) -> None:
     flags.DEFINE_string("nli_model", "", "directory of an NLI classifier: nli, clusters", flag_values=values)
     settings = dataclasses.asdict(Judge(""))
     del settings["name"]
-    flags.DEFINE_string("judge", "", "length | openai:MODEL", flag_values=values)
+    flags.DEFINE_string("judge", "", "length | openai:MODEL | reward:DIRECTORY", flag_values=values)
     for key, default in settings.items():
         define: Any = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
-        define(_judge_flag(key), default, "of an LLM judge", flag_values=values)
+        define(_judge_flag(key), default, "of a judge that reads texts", flag_values=values)
     flags.DEFINE_string("export_alpaca_eval", "", "folder for alpaca_eval", flag_values=values)
     parsed = _parse(argv, values)
     if not parsed.outputs:
@@ -162,10 +172,22 @@ def _judge_flag(key: str) -> str:
     return key if key == "max_requests" else f"judge_{key}"
 
 
-def _report(workdir: str) -> None:
-    from jaxrlhf.evaluation import report
+def _report(argv: list[str]) -> None:
+    from jaxrlhf.evaluation import compare, report, seeds
 
-    print(report.write_report(Path(workdir)))
+    values = _values()
+    flags.DEFINE_multi_string("seeds", [], "workdir of one of several seeds", flag_values=values)
+    flags.DEFINE_multi_string("compare", [], "a workdir with results", flag_values=values)
+    parsed = _parse(argv, values)
+    if parsed.compare and parsed.seeds:
+        raise UserError("--compare and --seeds are two reports; give one of them, each a --workdir of its own")
+    if parsed.compare:
+        compare.write_comparison(parsed.compare, Path(parsed.workdir))
+    if parsed.seeds:
+        missing = seeds.write_combined(parsed.seeds, Path(parsed.workdir))["missing"]
+        if missing:
+            say(f"{len(missing)} parts are not in every seed and have no mean over seeds; the report names them")
+    print(report.write_report(Path(parsed.workdir)))
 
 
 def _import(argv: list[str]) -> None:
@@ -197,6 +219,7 @@ def _export(argv: list[str]) -> None:
 
 def _run_stages(command: str, argv: list[str]) -> None:
     from jaxrlhf import recipes
+    from jaxrlhf.claim import claim
     from jaxrlhf.config import with_base
 
     values = _values()
@@ -210,7 +233,7 @@ def _run_stages(command: str, argv: list[str]) -> None:
     workdir = Path(str(values["workdir"].value))
     experiment = with_base(experiment, workdir)
     unclaimed = not (workdir / "config.json").exists()
-    _claim(workdir, experiment)
+    claim(workdir, experiment)
     stages = experiment.stages if command == "run" else (command,)
     from jaxrlhf import stages as runner
 
@@ -220,18 +243,3 @@ def _run_stages(command: str, argv: list[str]) -> None:
         if unclaimed and not any((workdir / s).exists() for s in (*STAGES, "samples")):
             (workdir / "config.json").unlink()  # nothing was made yet: the corrected config may have the workdir
         raise
-
-
-def _claim(workdir: Path, experiment: Any) -> None:
-    """Writes the resolved config, or makes sure that the workdir belongs to this one; `evaluation` may change."""
-    import json
-
-    from jaxrlhf.config import changes
-
-    resolved = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    path = workdir / "config.json"
-    if path.exists():
-        different = [c for c in changes(read_json(path), resolved) if not c.startswith("config.evaluation.")]
-        if different:
-            raise UserError(f"{workdir} belongs to another config ({different[0]}); take another --workdir")
-    write_json(path, resolved)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.types import Frozen, Params, Top
 
@@ -254,7 +255,7 @@ def run_blocks(
         window_L = jnp.asarray([w or everything for w in arch.windows], jnp.int32)[first : first + depth(blocks)]
 
     def body(h: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, Any]:
-        block, window = cast(arch, layer[0]), layer[1]
+        block, window, h = cast(arch, layer[0]), layer[1], by_rows(h)
         seen_BTS = mask_BTS if window is None else mask_BTS & (distance_BTS < window)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
@@ -262,7 +263,19 @@ def run_blocks(
 
         return Block(arch).apply({"params": block}, h, position_BT, attend)  # pyright: ignore[reportReturnType]
 
-    return jax.lax.scan(body, h_BTD, (blocks, window_L))
+    h_BTD, kept = jax.lax.scan(body, h_BTD, (blocks, window_L))
+    return by_rows(h_BTD), kept
+
+
+def by_rows(h_BTD: jax.Array) -> jax.Array:
+    """Keeps activations divided by rows over the mesh in use, where there is one.
+
+    Left to itself, GSPMD may gather the rows and divide the width instead, as parameters under fsdp are divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or h_BTD.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return h_BTD
+    return jax.lax.with_sharding_constraint(h_BTD, P(("data", "fsdp")))
 
 
 def cast(arch: Architecture, tree: Tree) -> Tree:

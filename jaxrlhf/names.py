@@ -22,3 +22,8 @@ TITLES = {
 def due(methods: Collection[str]) -> tuple[str, ...]:
     """The stages of a run that trains `methods` beside PPO."""
     return tuple(s for s in STAGES if s not in METHODS or s in methods)
+
+
+def behind(stage: str) -> tuple[str, ...]:
+    """The training stages that one follows from, itself last."""
+    return (*TRAINED[: min(TRAINED.index(stage), TRAINED.index("ppo"))], stage)

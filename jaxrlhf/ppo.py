@@ -99,7 +99,8 @@ def update(
     state, metrics = rollouts.epochs(tx, loss, state, rollout, key, c.epochs, c.minibatches)
     if c.kl_target and state.kl_coef is not None:
         kl = ((rollout.logp_BR - rollout.ref_logp_BR) * rollout.response_mask_BR).sum(-1).mean()
-        kl_coef = losses.adapt_kl_coef(state.kl_coef, kl, c.kl_target, c.kl_horizon, B)
+        adapted = losses.adapt_kl_coef(state.kl_coef, kl, c.kl_target, c.kl_horizon, B)
+        kl_coef = jnp.where(jnp.isfinite(kl), adapted, state.kl_coef)
         state = state.replace(kl_coef=kl_coef)  # pyright: ignore[reportAttributeAccessIssue]
     return state, metrics
 

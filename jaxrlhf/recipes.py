@@ -116,12 +116,15 @@ def _check(e: Experiment) -> None:
         raise UserError(f"config.model.freeze_layers={e.model.freeze_layers}: a share from 0 to 1")
     if e.model.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.model.dtype={e.model.dtype!r}: known are float32, bfloat16")
-    if e.task not in ("world", "files"):
-        raise UserError(f"config.task={e.task!r}: known are world, files")
+    if e.task not in ("world", "files", "datasets"):
+        raise UserError(f"config.task={e.task!r}: known are world, files, datasets")
     if reads_texts(e.evaluation.judge):
         check(e.evaluation.text_judge)
     elif e.evaluation.judge not in ("gold", "reward"):
-        raise UserError(f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward, length, openai:MODEL")
+        raise UserError(
+            f"config.evaluation.judge={e.evaluation.judge!r}: known are gold, reward, length, openai:MODEL, "
+            "reward:DIRECTORY"
+        )
     if e.evaluation.judge == "gold" and e.task != "world":
         raise UserError("config.evaluation.judge='gold': only the embedded world has a gold judge; take 'reward'")
 

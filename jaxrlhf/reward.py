@@ -6,7 +6,7 @@ An ensemble's members have heads and orders of the pairs of their own, and learn
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, optim, policies, scoring, sharding, weights
+from jaxrlhf import hub, loop, losses, model, optim, policies, scoring, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_records, write_records
-from jaxrlhf.types import Ensemble, Frozen, PairBatch, ScalarHead, Scorer, TrainState
+from jaxrlhf.types import Ensemble, Frozen, PairBatch, ScalarHead, Scorer, Top, TrainState
 
 
 def loss(
@@ -45,10 +45,9 @@ def step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the reward model's top and head."""
     grads, metrics = jax.grad(lambda scorer: loss(arch, frozen, scorer, batch), has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # pyright: ignore
-    return state, metrics | {"grad_norm": optax.global_norm(grads)}
+    state, norm = optim.update(tx, metrics["loss"], grads, state)
+    state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return state, metrics | norm | optim.left_out(state)
 
 
 def reward(run: Run) -> None:
@@ -59,10 +58,12 @@ def reward(run: Run) -> None:
     sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh)
     pairs = preferences(run)
     check_pairs(run, pairs)
+    seeds = [run.seed("reward"), *(run.seed(f"reward {e}") for e in range(1, c.ensemble))]
     streams = [
         batches.pair_batches(pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=seed, **run.lengths)
-        for seed in [run.seed("reward"), *(run.seed(f"reward {e}") for e in range(1, c.ensemble))]
+        for seed in seeds
     ]
+    ids = [batches.ids(pairs["train"], batch_size=c.batch_size, seed=seed) for seed in seeds]
     tx = optim.optimizer(c.optim, c.loop.steps)
     tx = tx if c.ensemble == 1 else optim.of_each(tx)
     frozen = run.base[0]
@@ -72,8 +73,9 @@ def reward(run: Run) -> None:
         directory=run.directory("reward"),
         loop=c.loop,
         state=optim.new_state(tx, _start(run), run.mesh),
-        meta=run.meta,
+        meta=run.meta("reward"),
         step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(_joined(streams, i), run.mesh)),
+        ids=lambda i: [name for member in ids for name in member[i]],
         evaluate=lambda state: {
             f"accuracy_{s}": e["mean"] for s, e in accuracy(run, state.params, pairs)["accuracy"].items()
         },
@@ -94,7 +96,7 @@ def reward(run: Run) -> None:
 def _adopt(run: Run) -> None:
     """Takes a reward model from elsewhere: tries it on the splits' preferences, and normalises it."""
     init = run.config.reward.init
-    directory = weights.directory_of(init, "config.reward.init")
+    directory = hub.directory_of(init, "config.reward.init")
     found = scoring.load(directory, run.mesh)
     pairs = {s: p for s, p in preferences(run, train=False).items() if s != "train"}
     run.finish(
@@ -110,16 +112,16 @@ def _adopt(run: Run) -> None:
     )
 
 
-def new_head(run: Run, name: str = "reward head", member: int = 0) -> ScalarHead:
-    """A read-out drawn with standard deviation 1/sqrt(D + 1) (Stiennon et al. 2020), bias 0."""
-    w_D = jax.random.normal(run.key(name, member), (run.arch.width,), jnp.float32) * (run.arch.width + 1) ** -0.5
+def new_head(run: Run, what: str, member: int = 0) -> ScalarHead:
+    """A read-out drawn with standard deviation 1/sqrt(D + 1) (Stiennon et al. 2020), bias 0; `what` names its key."""
+    w_D = jax.random.normal(run.key(what, member), (run.arch.width,), jnp.float32) * (run.arch.width + 1) ** -0.5
     return sharding.place(ScalarHead(w_D=w_D, b=jnp.zeros((), jnp.float32)), run.mesh)
 
 
 def _start(run: Run) -> Scorer | Ensemble:
     """SFT's top under new heads; an ensemble's first member is what a reward model alone would be."""
     top, size = run.policy("sft"), run.config.reward.ensemble
-    heads = [new_head(run, member=e) for e in range(size)]
+    heads = [new_head(run, "reward head", e) for e in range(size)]
     if size == 1:
         return Scorer(top=top, head=heads[0])
     members = jax.tree.map(lambda *x: jnp.stack(x), *(Scorer(top=top, head=h) for h in heads))
@@ -197,18 +199,18 @@ def preferences(run: Run, train: bool = True) -> Mapping[str, Sequence]:
         return run.task.preferences
     folder = run.directory("reward") / "preferences"
     sources = {"train": run.task.preference_prompts, **run.task.splits}
-    found = {}
+    found, policy = {}, cache(run.policy)  # the checkpoint is checked and read once
     for i, (split, records) in enumerate(sources.items()):
         path = folder / f"{split}.jsonl"
         if split == "train" and not train:
             continue
         if not path.exists():
-            write_records(path, _compare(run, split, records, i))
+            write_records(path, _compare(run, policy("sft"), split, records, i))
         found[split] = read_records(path)
     return found
 
 
-def _compare(run: Run, split: str, records: Sequence, index: int) -> list[dict[str, str]]:
+def _compare(run: Run, top: Top, split: str, records: Sequence, index: int) -> list[dict[str, str]]:
     """Pairs of one prompt's SFT samples, in the order that a simulated annotator prefers; equal texts are no pair."""
     gold, prefers_first = run.task.gold, run.task.prefers_first
     assert gold is not None
@@ -216,7 +218,7 @@ def _compare(run: Run, split: str, records: Sequence, index: int) -> list[dict[s
     samples = run.config.reward.samples_per_prompt
     drawn = policies.respond(
         run,
-        run.policy("sft"),
+        top,
         records,
         samples=samples,
         key=run.key("preferences", index),

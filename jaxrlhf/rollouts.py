@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, policies, sampling, scoring, sharding
+from jaxrlhf import loop, losses, model, optim, policies, sampling, scoring, sharding
 from jaxrlhf.config import Grpo, Ppo, Rloo
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
@@ -139,22 +139,16 @@ def epochs(
     """Minibatch steps on what is trained; every response is visited exactly once an epoch. Metrics are their means."""
     B = rollout.score_B.shape[0]
 
-    def minibatch(carry: tuple, index_b: jax.Array) -> tuple[tuple, Metrics]:
-        params, opt_state = carry
+    def minibatch(state: TrainState, index_b: jax.Array) -> tuple[TrainState, Metrics]:
         mb = jax.tree.map(lambda x: x[index_b], rollout)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, mb)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, opt_state), metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, mb)
+        state, norm = optim.update(tx, value, grads, state)
+        return state, metrics | {"loss": value} | norm
 
     order_EB = jax.vmap(lambda k: jax.random.permutation(k, B))(jax.random.split(key, epochs))
-    carry, metrics = jax.lax.scan(
-        minibatch, (state.params, state.opt_state), order_EB.reshape(epochs * minibatches, B // minibatches)
-    )
-    state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        step=state.step + 1, params=carry[0], opt_state=carry[1]
-    )
-    return state, jax.tree.map(jnp.mean, metrics)
+    state, metrics = jax.lax.scan(minibatch, state, order_EB.reshape(epochs * minibatches, B // minibatches))
+    state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return state, jax.tree.map(jnp.mean, metrics) | optim.left_out(state)
 
 
 def train(
@@ -202,8 +196,9 @@ def train(
         directory=run.directory(stage),
         loop=c.loop,
         state=state,
-        meta=run.meta,
+        meta=run.meta(stage),
         step=step,
+        ids=lambda i: batches.ids(run.task.ppo_prompts, batch_size=c.batch_size, seed=run.seed(stage))[i],
     )
     cut = batches.cut({"train": run.task.ppo_prompts}, run.task.tokenizer, **run.lengths)
     run.finish(stage, {"steps": c.loop.steps, "prompts": len(run.task.ppo_prompts)} | cut)

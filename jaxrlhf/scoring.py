@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import model, policies, sharding, weights
-from jaxrlhf.data import batches, tokens
+from jaxrlhf import config as configs
+from jaxrlhf import hub, model, policies, sharding, weights
+from jaxrlhf.data import batches, task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json
 from jaxrlhf.split import split
@@ -28,7 +29,7 @@ class RewardModel:
 
     arch: model.Architecture
     frozen: Frozen
-    scorer: Scorer
+    scorer: Scorer | Ensemble
     tokenizer: tokens.Tokenizer
 
 
@@ -46,10 +47,11 @@ def of_run(run: Run) -> Reward:
     if not run.finished("reward"):
         raise UserError(f"{run.workdir}: stage 'reward' is not finished; run `jaxrlhf reward` first")
     found = read_json(run.directory("reward") / "summary.json")
-    directory = weights.directory_of(run.config.reward.init, "config.reward.init")
+    directory = hub.directory_of(run.config.reward.init, "config.reward.init")
     if sha256(directory) != found["sha256"]:
         raise UserError(f"config.reward.init={run.config.reward.init!r}: not the model that stage 'reward' normalised")
     reward = load(directory, run.mesh)
+    assert isinstance(reward.scorer, Scorer)
     mean, std = found["normalisation"]["mean"], found["normalisation"]["std"]
     head = ScalarHead(w_D=reward.scorer.head.w_D / std, b=(reward.scorer.head.b - mean) / std)
     return replace(reward, scorer=Scorer(top=reward.scorer.top, head=head))
@@ -109,6 +111,31 @@ def load(directory: Path, mesh: jax.sharding.Mesh | None = None) -> RewardModel:
         raise UserError(f"{directory}: its tokenizer has {tokenizer.size} ids, its embeddings {arch.vocab_size} rows")
     frozen, top = split(params, 0)
     return RewardModel(arch, frozen, Scorer(top=top, head=head), tokenizer)
+
+
+def of_directory(directory: Path) -> RewardModel:
+    """The reward model of a Hugging Face directory, or of a workdir, normalised as its own run has it.
+
+    Raises:
+      UserError: there is none, a part of it is wrong, or the workdir's stage `reward` is not finished.
+    """
+    path = directory / "config.json"
+    found = read_json(path) if path.exists() else {}
+    if "model_type" in found:
+        return load(directory)
+    if "reward" not in found:
+        raise UserError(
+            f"{directory}: no reward model in it; expected a Hugging Face directory, or a workdir whose stage 'reward' "
+            "is finished"
+        )
+    if not (directory / "reward" / "summary.json").exists():
+        raise UserError(f"{directory}: stage 'reward' is not finished; run `jaxrlhf reward` there first")
+    config = configs.read(path)
+    run = Run(config, directory, task.Task(task.tokenizer(config, directory)), "")
+    reward = of_run(run)
+    if isinstance(reward, RewardModel):
+        return reward
+    return RewardModel(run.arch, run.base[0], reward, run.task.tokenizer)
 
 
 def score_texts(

@@ -26,7 +26,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/(up|gate)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/down/kernel$", P(None, "tensor", "fsdp")),
     (r"(scale|bias|w_D|b)$", P()),
-    (r"(^|/)(count|step|kl_coef)$", P()),
+    (r"(^|/)(count|step|skipped|in_a_row|kl_coef)$", P()),
 )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxrlhf import collect, dpo, groups, ppo, reward, scoring, sft, weights
+import jax
+
+from jaxrlhf import collect, dpo, groups, hub, ppo, reward, scoring, sft
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
 from jaxrlhf.evaluation import report, results
@@ -27,7 +29,7 @@ _TRAIN = {
 def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_finished: bool) -> None:
     """Runs the stages named; with `skip_finished`, those that are not complete, and what follows from them."""
     if config.reward.init and "reward" in stages and not (workdir / "reward" / "summary.json").exists():
-        scoring.load(weights.directory_of(config.reward.init, "config.reward.init"))  # mistakes before hours of SFT
+        scoring.load(hub.directory_of(config.reward.init, "config.reward.init"))  # mistakes before hours of SFT
     data = task.load(config, workdir, say) if any(s in _TRAIN for s in stages) else None
     fresh = False
     for stage in stages:
@@ -53,5 +55,6 @@ def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_fi
             if skip_finished and run.finished(stage):
                 say(f"{title}: complete")
                 continue
-            _TRAIN[stage](run)
+            with jax.set_mesh(run.mesh):
+                _TRAIN[stage](run)
             fresh = True

@@ -105,6 +105,8 @@ class TrainState:
     step: jax.Array  # int32
     params: Any
     opt_state: Any
+    skipped: jax.Array  # int32: updates left out so far, as the loss or a gradient was not finite
+    in_a_row: jax.Array  # int32: how many of them were the latest updates; see `optim.IN_A_ROW`
     kl_coef: jax.Array | None = None  # PPO's, where it adapts; None elsewhere
 
 

@@ -57,7 +57,7 @@ def test_help(capsys):
         (["rloo", RECIPE, "--config.methods=dpo,grpo", "--workdir=x"], "does not name rloo"),
         (["export", "--workdir=x", "--policy=sft", "--to=setup.py"], "a file stands there"),
         (["export", "--workdir=x", "--policy=sft", "--to=tests"], "holds what no export wrote"),
-        (["export", "--workdir=x", "--policy=sft", "--to=y"], "config.json: no such file"),
+        (["export", "--workdir=x", "--policy=sft", "--to=y"], "no run was begun there"),
         (["import", "--workdir=x"], "--from=DIR is missing"),
         (["import", "--from=tests", "--workdir=x"], "config.json: no such file"),
         (["import", "--from=tests/golden/hf/opt", "--workdir=x"], "no tokenizer in it"),

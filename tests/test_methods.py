@@ -71,10 +71,14 @@ def logits_of(top, rollout):
     return model.logits(ARCH, FROZEN, top, final_BTD)[:, -R - 1 : -1]
 
 
+def begin(tx, params):
+    counts = {"step": jnp.int32(0), "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
+    return TrainState(params=jax.tree.map(jnp.copy, params), opt_state=tx.init(params), **counts)
+
+
 def one_step(tx, params, update):
     """What a step of plain gradient descent at rate 1 takes away: the gradient."""
-    state = TrainState(step=jnp.int32(0), params=jax.tree.map(jnp.copy, params), opt_state=tx.init(params))
-    after, metrics = update(state)
+    after, metrics = update(begin(tx, params))
     return jax.tree.map(lambda a, b: a - b, params, after.params), metrics
 
 
@@ -142,7 +146,7 @@ def replace_scorer(found):
 
 def test_every_epoch_visits_each_response_once():
     B = 12
-    seen = TrainState(step=jnp.int32(0), params=jnp.zeros(B), opt_state=optax.sgd(1.0).init(jnp.zeros(B)))
+    seen = begin(optax.sgd(1.0), jnp.zeros(B))
     rollout = Visited(score_B=jnp.arange(B))
     loss = lambda counts, mb: (-counts[mb.score_B].sum(), {})  # noqa: E731
     after, metrics = rollouts.epochs(optax.sgd(1.0), loss, seen, rollout, jax.random.key(1), 3, 4)
@@ -226,8 +230,7 @@ def test_dpo_reads_responses_alone(pairs):
 def test_dpo_starts_at_the_reference_and_learns_the_pairs(pairs, kind):
     c, batch = Dpo(loss=kind, beta=0.5), jax.tree.map(jnp.asarray, pairs)
     tx = optim.optimizer(Optim(lr=0.02), 12)
-    state = TrainState(step=jnp.int32(0), params=jax.tree.map(jnp.copy, REF), opt_state=tx.init(REF))
-    seen = []
+    state, seen = begin(tx, REF), []
     for _ in range(12):
         state, metrics = dpo.step(ARCH, tx, c, state, FROZEN, REF, batch)
         seen.append({k: float(v) for k, v in metrics.items()})
@@ -264,9 +267,8 @@ def test_members_learn_side_by_side_as_they_would_alone(pairs):
     tx, size = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5, momentum=0.9)), 2
     each = optim.of_each(tx)
     start = stacked(SCORERS[:size])
-    together = TrainState(step=jnp.int32(0), params=start, opt_state=each.init(start))
-    alone = [TrainState(step=jnp.int32(0), params=s, opt_state=tx.init(s)) for s in SCORERS[:size]]
-    alone = jax.tree.map(jnp.copy, alone)
+    together = begin(each, start)
+    alone = [begin(tx, s) for s in SCORERS[:size]]
     for _ in range(3):
         together, metrics = reward.step(ARCH, each, together, FROZEN, both)
         found = [reward.step(ARCH, tx, a, FROZEN, b) for a, b in zip(alone, (pairs, other), strict=True)]

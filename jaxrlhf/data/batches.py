@@ -125,6 +125,11 @@ def eval_prompt_batches(
         yield _prompt_batch(chosen, prompt_length, tokenizer.pad_id), valid
 
 
+def ids(records: Sequence[Record], *, batch_size: int, seed: int) -> Batches[list[str]]:
+    """`ids[step]` names the records of that step's training batch, in its order, whatever kind of batch it is."""
+    return _stream([r["id"] for r in records], batch_size, seed, list)
+
+
 def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
     found = list(records)
     prompts, responses = _prompts(found, tokenizer, prompt_length), _ended(found, "response", tokenizer)

@@ -65,6 +65,7 @@ LABELS: dict[Place, str] = {
     ("length_controlled",): "length-controlled win rate",
     ("gold",): "gold reward",
     ("score",): "reward-model score",
+    ("proxy_score",): "proxy score, by the judge",
     ("length",): "length (words)",
 }
 # Not the reader's matplotlibrc: the picture is the same on every machine.
@@ -214,6 +215,25 @@ def shares(series: Series, splits: Mapping[str, str], x_label: str, half: str) -
     _dots(ax, series, shown, splits, x_label)
     ax.axvline(0.5, color=SOFT, lw=1, ls="--", zorder=1)
     _legend(figure, [*shown.values(), Look(half, SOFT, "")], 46)
+    return _png(figure)
+
+
+@_styled
+def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], title: str, x_label: str, y_label: str) -> bytes:
+    """A measure over a number that runs were made with: a line for each policy, a point for each run."""
+    shown = looks({policy: policy for policy in lines})
+    figure = Figure((4.3, 3.2))
+    ax = figure.subplots()
+    for policy, points in lines.items():
+        look, es = shown[policy], [e for _, e in points]
+        xs, ys = [x for x, _ in points], [e["mean"] for e in es]
+        ax.errorbar(xs, ys, _whiskers(es), fmt=f"{look.marker}-", color=look.colour, ms=5, lw=1.3)
+    xs = [x for points in lines.values() for x, _ in points]
+    if min(xs) > 0 and max(xs) >= 8 * min(xs):
+        ax.set_xscale("log")
+    ax.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 34))
+    ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
+    _legend(figure, list(shown.values()), 46)
     return _png(figure)
 
 
