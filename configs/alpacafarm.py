@@ -16,6 +16,7 @@ at full size yet. Sources of numbers: AlpacaFarm's scripts, in parentheses.
 from ml_collections import ConfigDict
 
 from jaxrlhf.config import default
+from jaxrlhf.names import TRAINED
 
 MODELS = {"llama-7b": "huggyllama/llama-7b", "smoke": ""}
 
@@ -67,7 +68,7 @@ def smoke(c: ConfigDict) -> None:
         c.datasets[name].path = f"configs/smoke/{file}"
     c.datasets.update(evaluation_prompts=6, vocab_size=384, held_out=0.2)
     c.model.update(family="llama", layers=3, width=32, heads=2, ff_width=64, prompt_length=128, response_length=24)
-    for stage, steps in (("pretrain", 4), ("sft", 4), ("reward", 4), ("ppo", 2)):
+    for stage, steps in {**dict.fromkeys(TRAINED, 2), "pretrain": 4, "sft": 4, "reward": 4}.items():
         c[stage].batch_size = 8
         c[stage].loop.update(steps=steps, log_every=2, eval_every=0, save_every=2)
         c[stage].optim.update(lr=1e-3, warmup=0)

@@ -17,6 +17,7 @@ README and scripts, in parentheses; steps are one epoch of the batch size.
 from ml_collections import ConfigDict
 
 from jaxrlhf.config import default
+from jaxrlhf.names import TRAINED
 
 MODELS = {f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "1.3b", "2.7b", "6.7b")}
 MODELS |= {"llama-7b": "huggyllama/llama-7b", "smoke": ""}
@@ -72,7 +73,7 @@ def smoke(c: ConfigDict) -> None:
     c.datasets.tldr_comparisons.path = "configs/smoke/tldr_comparisons.jsonl"
     c.datasets.update(length=45, evaluation_prompts=6, vocab_size=384)
     c.model.update(family="opt", layers=3, width=32, heads=2, ff_width=64, prompt_length=96, response_length=24)
-    for stage, steps in (("pretrain", 4), ("sft", 4), ("reward", 4), ("ppo", 2)):
+    for stage, steps in {**dict.fromkeys(TRAINED, 2), "pretrain": 4, "sft": 4, "reward": 4}.items():
         c[stage].batch_size = 8
         c[stage].loop.update(steps=steps, log_every=2, eval_every=0, save_every=2)
         c[stage].optim.lr = 1e-3

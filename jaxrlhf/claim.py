@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf import names
 from jaxrlhf.config import Experiment
 from jaxrlhf.files import UserError, read_json, write_json
 
@@ -33,9 +34,10 @@ def _without(section: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 def bound(experiment: Experiment, stage: str) -> dict[str, Any]:
     """What a training stage's checkpoints follow from: the data, the model, and the stages up to this one."""
     found = binding(_resolved(experiment))
-    order = ("pretrain", "sft", "reward", "ppo")
-    later = [*order[order.index(stage) + 1 :], *(["sampling"] if stage in ("pretrain", "sft") else [])]
-    return {k: v for k, v in found.items() if k not in ("name", *later)}
+    # RLOO and GRPO climb the reward that config.ppo's penalties shape.
+    before = {*names.behind(stage), *(["ppo"] if stage in ("rloo", "grpo") else [])}
+    other = {s for s in names.TRAINED if s not in before} | ({"sampling"} if stage in ("pretrain", "sft") else set())
+    return {k: v for k, v in found.items() if k not in ("name", "methods", *other)}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> Iterator[str]:

@@ -12,17 +12,16 @@ import jax
 import jax.numpy as jnp
 
 import jaxrlhf
-from jaxrlhf import card, checkpoint, hub, model, weights
+from jaxrlhf import card, checkpoint, hub, model, names, weights
 from jaxrlhf import config as configs
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json, whole_folder, write_json, write_text
 from jaxrlhf.split import pieces
-from jaxrlhf.types import Frozen, Params, Top
+from jaxrlhf.types import Frozen, Params, Scorer, Top
 
 MARK = "jaxrlhf.json"  # tells a directory of ours from anybody's
-STAGES = {"sft": ("sft",), "reward": ("sft", "reward"), "ppo": ("sft", "reward", "ppo")}  # behind each model
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 TOKENIZER = (
     *tokens.FILES,
@@ -39,7 +38,7 @@ def export(workdir: Path, policy: str, to: Path) -> None:
 
     Args:
       workdir: whose stage that trained it is finished.
-      policy: sft | ppo | reward.
+      policy: of card.TITLES.
       to: a new or empty folder, or one that an export wrote.
 
     Raises:
@@ -52,8 +51,13 @@ def export(workdir: Path, policy: str, to: Path) -> None:
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir}: no run was begun there; first `jaxrlhf run --config=RECIPE --workdir={workdir}`")
     config = configs.read(workdir / "config.json")
+    if policy == "reward" and (size := config.reward.ensemble) > 1:
+        raise UserError(
+            f"--policy=reward: an ensemble of {size} is no single model; a workdir with --config.reward.ensemble=1 has "
+            "its first member"
+        )
     run = _Finished(config, workdir, task.Task(task.tokenizer(config, workdir)), f"export {policy}")
-    for stage in STAGES[policy]:
+    for stage in _stages(policy):
         if not run.finished(stage):
             raise UserError(f"{workdir}: stage {stage!r} is not finished; run `jaxrlhf {stage}` first, with its recipe")
     with whole_folder(to.resolve()) as folder:
@@ -83,6 +87,7 @@ def _write_reward(run: Run, policy: str, folder: Path) -> None:
     # Where end-of-text pads, transformers would read the token before it, and not it (PROTOCOL D15).
     tokenizer = tokens.save_files(run.task.tokenizer, folder, "right", pad=True)
     scorer = run.scorer()
+    assert isinstance(scorer, Scorer)
     arch, params = _with_row(run.arch, pieces(run.base[0], scorer.top), tokenizer)
     weights.export_reward(folder, arch, params, scorer.head, _special(tokenizer))
 
@@ -160,6 +165,11 @@ def _with_row(
     return dataclasses.replace(arch, vocab_size=tokenizer.size), params | {"embed": embed}
 
 
+def _stages(policy: str) -> list[str]:
+    """The stages on this base that a model comes from; DPO learns from the reward model's pairs, and not from it."""
+    return [s for s in names.behind(policy)[1:] if (policy, s) != ("dpo", "reward")]
+
+
 def _told(run: Run, policy: str) -> card.Told:
     results = run.workdir / "results.json"
     init, mark = run.config.model.init, run.workdir / "base" / MARK
@@ -171,7 +181,7 @@ def _told(run: Run, policy: str) -> card.Told:
         family=run.arch.family,
         parameters=_count(run.base),
         base="" if Path(init).exists() else init,
-        summaries={stage: read_json(run.directory(stage) / "summary.json") for stage in STAGES[policy]},
+        summaries={stage: read_json(run.directory(stage) / "summary.json") for stage in _stages(policy)},
         results=read_json(results) if results.exists() else {},
     )
 

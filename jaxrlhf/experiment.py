@@ -18,10 +18,9 @@ from jaxrlhf.config import Experiment
 from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
 from jaxrlhf.split import take_apart, tree_hash
-from jaxrlhf.types import ActorCritic, Frozen, Params, ScalarHead, Scorer, Top
+from jaxrlhf.types import ActorCritic, Ensemble, Frozen, Params, ScalarHead, Scorer, Top
 
 ASSETS = Path(__file__).parent / "assets"
-STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
 
 
 class Lengths(TypedDict):
@@ -95,21 +94,33 @@ class Run:
         return self.workdir / ("samples" if stage == "sample" else stage)
 
     def policy(self, stage: str) -> Top:
-        """The policy that SFT or PPO trained."""
-        if stage == "sft":
-            return self.load("sft", self.base[1])
-        return self.load("ppo", ActorCritic(top=self.base[1], value=self.head())).top
+        """The policy that a stage trained."""
+        if stage == "ppo":
+            return self.load("ppo", ActorCritic(top=self.base[1], value=self.head())).top
+        return self.load(stage, self.base[1])
 
-    def scorer(self) -> Scorer:
-        """The reward model that was trained here, normalised."""
+    def scorer(self) -> Scorer | Ensemble:
+        """The reward model that was trained here, normalised; an ensemble's members each."""
         if init := self.config.reward.init:
             raise UserError(f"config.reward.init={init!r}: the reward model comes from there, none was trained here")
+        alone = Scorer(top=self.base[1], head=self.head())
+        if (size := self.config.reward.ensemble) == 1:
+            trained: Scorer | Ensemble = self.load("reward", alone)
+        else:
+            members = sharding.place(jax.tree.map(lambda x: jnp.stack([x] * size), alone), self.mesh)
+            trained = self.load("reward", Ensemble(members=members, combine="mean", uncertainty_coef=0.0))
         found = read_json(self.directory("reward") / "summary.json")
-        scorer: Scorer = self.load("reward", Scorer(top=self.base[1], head=self.head()))
-        mean, std = found["normalisation"]["mean"], found["normalisation"]["std"]
-        return scorer.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            head=ScalarHead(w_D=scorer.head.w_D / std, b=(scorer.head.b - mean) / std)
-        )
+        return self.normalised(trained, found["normalisation"])
+
+    def normalised(self, trained: Scorer | Ensemble, found: Mapping[str, Any]) -> Scorer | Ensemble:
+        """The reward model less its mean, over its standard deviation; an ensemble as `config.reward` combines it."""
+        if isinstance(trained, Ensemble):
+            mean_E, std_E = (jnp.asarray(found[k], jnp.float32) for k in ("mean", "std"))
+            members, c = trained.members, self.config.reward
+            head = ScalarHead(w_D=members.head.w_D / std_E[:, None], b=(members.head.b - mean_E) / std_E)
+            return Ensemble(Scorer(members.top, head), c.combine, c.uncertainty_coef)
+        head = ScalarHead(w_D=trained.head.w_D / found["std"], b=(trained.head.b - found["mean"]) / found["std"])
+        return Scorer(top=trained.top, head=head)
 
     def head(self) -> ScalarHead:
         """A read-out of zeros, on the mesh."""

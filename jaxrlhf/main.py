@@ -13,12 +13,13 @@ from absl import flags
 
 from jaxrlhf.files import Failure, Stopped, UserError
 from jaxrlhf.logs import say
+from jaxrlhf.names import METHODS, STAGES
 
 USAGE = """jaxrlhf COMMAND [flags]
 
   run        every stage of a recipe, resumable:
              jaxrlhf run --config=configs/quickstart.py --workdir=runs/quickstart
-  pretrain | sft | reward | ppo | sample | evaluate | report
+  pretrain | sft | reward | ppo | dpo | rloo | grpo | sample | evaluate | report
              one stage:  jaxrlhf ppo --config=configs/quickstart.py --workdir=runs/quickstart
   evaluate   anybody's outputs, no config and no training:
              jaxrlhf evaluate --outputs sft=a.json --outputs rlhf=b.json [--reference=r.json]
@@ -35,7 +36,7 @@ USAGE = """jaxrlhf COMMAND [flags]
   import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
   export     a trained model as a directory that transformers loads:
-             jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|reward --to=DIR
+             jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|dpo|rloo|grpo|reward --to=DIR
 
   plan       a recipe's steps, compiled for a TPU that is not there: memory a chip, FLOPs, traffic, least seconds
              jaxrlhf plan --config=configs/tldr.py:llama-7b --topology=v5e:8x8 [--stages=sft,reward,ppo,sample]
@@ -43,7 +44,6 @@ USAGE = """jaxrlhf COMMAND [flags]
 
 Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jaxrlhf/config.py.
 """
-STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
 
 
 def console() -> None:
@@ -209,10 +209,10 @@ def _import(argv: list[str]) -> None:
 
 def _export(argv: list[str]) -> None:
     values = _values()
-    flags.DEFINE_string("policy", "", "sft | ppo | reward", flag_values=values)
+    flags.DEFINE_string("policy", "", "a policy, or reward", flag_values=values)
     flags.DEFINE_string("to", "", "folder to write", flag_values=values)
     parsed = _parse(argv, values)
-    for name, what in (("policy", "sft, ppo or reward"), ("to", "the folder to write")):
+    for name, what in (("policy", "sft, ppo, dpo, rloo, grpo or reward"), ("to", "the folder to write")):
         if not values[name].value:
             raise UserError(f"--{name} is missing: {what}")
     from jaxrlhf import exchange
@@ -259,11 +259,13 @@ def _run_stages(command: str, argv: list[str]) -> None:
     parsed, extra = recipes.parse(argv, values)
     _finish_parsing(extra, values)
     experiment = recipes.resolve(parsed)
+    if command in METHODS and command not in experiment.stages:
+        raise UserError(f"config.methods={experiment.methods!r} does not name {command}; nothing would measure it")
     workdir = Path(str(values["workdir"].value))
     experiment = with_base(experiment, workdir)
     unclaimed = not (workdir / "config.json").exists()
     claim(workdir, experiment)
-    stages = STAGES if command == "run" else (command,)
+    stages = experiment.stages if command == "run" else (command,)
     from jaxrlhf import stages as runner
 
     try:

@@ -39,6 +39,11 @@ def optimizer(c: Optim, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(c.clip_norm), adam) if c.clip_norm else adam
 
 
+def of_each(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` for each of the models that are stacked on the leading axis: own moments, own gradient norm."""
+    return optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+
+
 def new_state(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, kl_coef: jax.Array | None = None
 ) -> TrainState:

@@ -199,7 +199,7 @@ def _ppo(base: _Base) -> Iterator[Row]:
     yield row
     if found is None:
         return
-    arguments = (arch, tx, c, state, base.frozen, found[0], base.key)
+    arguments = (arch, tx, c, state, fixed, found[0], base.key)
     batch = (prompts, drawn, found[0])
     yield _measure(base, "ppo update", c.batch_size, ppo.update, arguments, parts | {"batch": batch})[0]
 

@@ -20,7 +20,7 @@ from jaxrlhf.data import batches, task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json
 from jaxrlhf.split import split
-from jaxrlhf.types import Frozen, PromptBatch, Sample, ScalarHead, Scorer
+from jaxrlhf.types import Ensemble, Frozen, PromptBatch, Sample, ScalarHead, Scorer
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class RewardModel:
 
     arch: model.Architecture
     frozen: Frozen
-    scorer: Scorer
+    scorer: Scorer | Ensemble
     tokenizer: tokens.Tokenizer
 
 
-Reward = Scorer | RewardModel
+Reward = Scorer | Ensemble | RewardModel
 
 
 def of_run(run: Run) -> Reward:
@@ -51,6 +51,7 @@ def of_run(run: Run) -> Reward:
     if sha256(directory) != found["sha256"]:
         raise UserError(f"config.reward.init={run.config.reward.init!r}: not the model that stage 'reward' normalised")
     reward = load(directory, run.mesh)
+    assert isinstance(reward.scorer, Scorer)
     mean, std = found["normalisation"]["mean"], found["normalisation"]["std"]
     head = ScalarHead(w_D=reward.scorer.head.w_D / std, b=(reward.scorer.head.b - mean) / std)
     return replace(reward, scorer=Scorer(top=reward.scorer.top, head=head))
@@ -58,7 +59,7 @@ def of_run(run: Run) -> Reward:
 
 def scored_by(run: Run, reward: Reward) -> policies.Score:
     """How samples of this run's policies are scored."""
-    if isinstance(reward, Scorer):
+    if not isinstance(reward, RewardModel):
         return policies.on_trunk(run, reward)
 
     def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
@@ -69,13 +70,20 @@ def scored_by(run: Run, reward: Reward) -> policies.Score:
     return score_drawn
 
 
+def members(reward: Reward) -> list[Reward]:
+    """The members of an ensemble, each a reward model; of any other, itself."""
+    if not isinstance(reward, Ensemble):
+        return [reward]
+    return [jax.tree.map(lambda x, e=e: x[e], reward.members) for e in range(reward.members.head.b.shape[0])]
+
+
 def of_responses(run: Run, reward: Reward, records: Sequence, field: str) -> np.ndarray:
     """Scores [N] of the responses that records have in `field`, cut to fit as training cuts them."""
     size = run.config.sampling.batch_size
     examples = [r | {"response": r[field], "response_finished": r.get(f"{field}_finished", "1")} for r in records]
     scores = [np.zeros(0, np.float32)]
     for batch, valid in batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths):
-        if isinstance(reward, Scorer):
+        if not isinstance(reward, RewardModel):
             placed = sharding.shard_batch(batch, run.mesh)
             found = policies.score(run.arch, run.base[0], reward, placed.tokens_BT, placed.mask_BT)
         else:
@@ -125,7 +133,9 @@ def of_directory(directory: Path) -> RewardModel:
     config = configs.read(path)
     run = Run(config, directory, task.Task(task.tokenizer(config, directory)), "")
     reward = of_run(run)
-    return RewardModel(run.arch, run.base[0], reward, run.task.tokenizer) if isinstance(reward, Scorer) else reward
+    if isinstance(reward, RewardModel):
+        return reward
+    return RewardModel(run.arch, run.base[0], reward, run.task.tokenizer)
 
 
 def score_texts(

@@ -7,14 +7,23 @@ from pathlib import Path
 
 import jax
 
-from jaxrlhf import collect, hub, ppo, reward, scoring, sft
+from jaxrlhf import collect, dpo, groups, hub, ppo, reward, scoring, sft
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
 from jaxrlhf.evaluation import report, results
-from jaxrlhf.experiment import STAGES, Run
+from jaxrlhf.experiment import Run
 from jaxrlhf.logs import say
 
-_TRAIN = {"pretrain": sft.pretrain, "sft": sft.sft, "reward": reward.reward, "ppo": ppo.ppo, "sample": collect.sample}
+_TRAIN = {
+    "pretrain": sft.pretrain,
+    "sft": sft.sft,
+    "reward": reward.reward,
+    "ppo": ppo.ppo,
+    "dpo": dpo.dpo,
+    "rloo": groups.rloo,
+    "grpo": groups.grpo,
+    "sample": collect.sample,
+}
 
 
 def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_finished: bool) -> None:
@@ -24,7 +33,7 @@ def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_fi
     data = task.load(config, workdir, say) if any(s in _TRAIN for s in stages) else None
     fresh = False
     for stage in stages:
-        title = f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}"
+        title = f"[{config.stages.index(stage) + 1}/{len(config.stages)}] {stage}"
         if stage == "evaluate":
             if fresh or not skip_finished or not (workdir / "results.json").exists():
                 say(f"{title}: measuring generalisation and diversity")

@@ -9,7 +9,7 @@ from jaxrlhf import model, optim, ppo, sharding
 from jaxrlhf.config import Experiment, Mesh, Model, Optim, Ppo
 from jaxrlhf.experiment import architecture
 from jaxrlhf.split import split
-from jaxrlhf.types import ActorCritic, Rollout, ScalarHead
+from jaxrlhf.types import ActorCritic, Fixed, PpoRollout, ScalarHead
 
 C = Ppo(batch_size=6, epochs=2, minibatches=3, kl_target=0.75, kl_horizon=12)
 TX = optim.optimizer(Optim(lr=0.01), 6)
@@ -25,7 +25,7 @@ def start():
     token_BT = jnp.asarray(rng.integers(2, 11, (6, 7)), jnp.int32)
     mask_BT = jnp.ones((6, 7), jnp.float32).at[1, 0].set(0).at[2, -1].set(0)
     numbers = {k: jnp.asarray(rng.normal(size=(6, 3)), jnp.float32) for k in ("logp", "ref_logp", "value", "return")}
-    rollout = Rollout(
+    rollout = PpoRollout(
         tokens_BT=token_BT,
         mask_BT=mask_BT,
         response_mask_BR=mask_BT[:, -3:],
@@ -43,8 +43,9 @@ def start():
 
 def update(start, rollout):
     arch, frozen, policy, _ = start
+    fixed = Fixed(frozen=frozen, ref=policy.top, scorer=None)
     state = optim.new_state(TX, policy, sharding.make_mesh(Mesh()), kl_coef=jnp.float32(0.05))
-    state, metrics = ppo.update(arch, TX, C, state, frozen, rollout, jax.random.key(1))
+    state, metrics = ppo.update(arch, TX, C, state, fixed, rollout, jax.random.key(1))
     return jax.device_get(state), metrics
 
 

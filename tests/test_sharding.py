@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.config import Mesh
 from jaxrlhf.files import UserError
@@ -89,6 +90,13 @@ def test_a_mesh_that_does_not_fit_is_an_error_with_numbers():
 def test_a_parameter_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="no sharding rule"):
         spec("blocks/q/kernle", (2, 4, 4, 4), make_mesh(Mesh()))
+
+
+def test_members_of_an_ensemble_lie_as_one_model_does():
+    mesh = make_mesh(Mesh())
+    assert spec("members/top/blocks/q/kernel", (3, 2, 4, 4, 4), mesh) == P(None, None, "fsdp", "tensor", None)
+    assert spec("members/top/embed/tokens", (3, 8, 4), mesh) == P(None, "tensor", "fsdp")
+    assert spec("members/head/w_D", (3, 4), mesh) == spec("head/w_D", (4,), mesh) == P()
 
 
 def test_every_batch_divides_over_one_device():

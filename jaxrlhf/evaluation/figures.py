@@ -36,6 +36,7 @@ class Look(NamedTuple):
 
 # Okabe & Ito's colours, which stay apart for colour-blind eyes; markers say the same again.
 PALETTE = {"sft": "#0072B2", "bon": "#009E73", "ppo": "#D55E00", "reference": "#6B6B6B"}
+PALETTE |= {"dpo": "#CC79A7", "rloo": "#E69F00", "grpo": "#56B4E9"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 NEUTRAL = ("#444444", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#A5AA99")  # for what is not a policy
 MARKERS = "osDv^PX*<>"
@@ -102,7 +103,13 @@ CURVES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("entropy (nats a token)", ("rollout_entropy", "entropy")),
         ("finished responses (share)", ("finished",)),
     ),
+    "dpo": (
+        ("loss (a pair)", ("loss",)),
+        ("accuracy (share of pairs)", ("accuracy", "accuracy_*")),
+        ("implicit reward (nats x beta)", ("chosen_reward", "rejected_reward")),
+    ),
 }
+CURVES |= dict.fromkeys(("rloo", "grpo"), CURVES["ppo"])
 
 
 def label(place: Place) -> str:

@@ -21,6 +21,7 @@ from jaxrlhf.evaluation.statistics import (
     mean_estimates,
     win_rate,
 )
+from jaxrlhf.names import METHODS
 
 Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",), ("diversity", "per_input", "ead")
 Tree = dict[str, Any]
@@ -155,11 +156,13 @@ def gap_differences(a: Mapping[str, Measured], b: Mapping[str, Measured], split:
 
 
 def against_each_other(policies: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs worth a difference: each policy beside SFT, or beside the first one; and PPO beside best-of-N."""
+    """Pairs worth a difference: each policy beside SFT, or the first one; PPO beside best-of-N; others beside PPO."""
     base = "sft" if "sft" in policies else policies[0]
     yield from ((p, base) for p in policies if p != base)
     if {"ppo", "bon"} <= set(policies):
         yield "ppo", "bon"
+    if "ppo" in policies and base != "ppo":
+        yield from ((p, "ppo") for p in METHODS if p in policies)
 
 
 def _paired(a: Measured, b: Measured, place: Place) -> dict[Hashable, float]:

@@ -11,8 +11,8 @@ from jaxrlhf.evaluation import captions, explorer, figures, findings, page, pict
 from jaxrlhf.evaluation.figures import Estimate
 from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
+from jaxrlhf.names import METHODS, POLICIES, TITLES, TRAINED
 
-STAGES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
 # Parts of a number that has its own place on the page.
 PARTS = ("win_rate_by_length",)
 CUTS = ("truncated", "overlong", "join_mismatch")  # of prompts, responses, and both
@@ -23,7 +23,7 @@ TASKS = {
 }
 JUDGES = {
     "gold": "the gold judge, which knows the truth",
-    "reward": "the reward model trained here; PPO was trained against it, so its verdicts flatter PPO",
+    "reward": "the reward model trained here; its verdicts flatter policies that were trained against it, PPO first",
     "length": "length: the longer response wins, a baseline for other judges",
     "annotations": "the annotations given",
 }
@@ -37,6 +37,19 @@ FACTS = (
         "PPO",
         "{ppo.loop.steps} steps of {ppo.batch_size} prompts, {ppo.epochs} epochs each, learning rate {ppo.optim.lr}, "
         "KL coefficient {ppo.kl_coef}",
+    ),
+    (
+        "DPO",
+        "{dpo.loop.steps} steps of {dpo.batch_size} pairs, loss {dpo.loss}, beta {dpo.beta}, "
+        "learning rate {dpo.optim.lr}",
+    ),
+    *(
+        (
+            TITLES[m],
+            f"{{{m}.loop.steps}} steps of {{{m}.batch_size}} prompts, {{{m}.samples}} responses to each, learning rate "
+            f"{{{m}.optim.lr}}, KL coefficient {{{m}.kl_coef}}",
+        )
+        for m in ("rloo", "grpo")
     ),
     ("sampling", "{sampling.samples_per_prompt} responses a prompt at temperature {sampling.temperature}"),
     ("seed", "{seed}"),
@@ -58,10 +71,10 @@ def write_report(workdir: Path) -> Path:
     """
     found = read_results(workdir)
     config = found.results["config"] or _json(workdir / "config.json")
-    summaries = {s: _json(workdir / s / "summary.json") for s in (*STAGES, "samples")}
-    metrics = {s: read_records(p, ("step",)) for s in STAGES if (p := workdir / s / "metrics.jsonl").exists()}
+    summaries = {s: _json(workdir / s / "summary.json") for s in (*TRAINED, "samples")}
+    metrics = {s: read_records(p, ("step",)) for s in TRAINED if (p := workdir / s / "metrics.jsonl").exists()}
     accuracy = _accuracy(summaries["reward"])
-    curves = {STAGES[s]: list(figures.curves(s, rows)) for s, rows in metrics.items()}
+    curves = {TITLES[s]: list(figures.curves(s, rows)) for s, rows in metrics.items()}
     drawn = pictures.draw(found, accuracy) | {n: png for panels in curves.values() for n, _, png in panels}
     texts, gone = samples.read(workdir, found.results)
     estimates = list(tables.rows(found))
@@ -73,7 +86,7 @@ def write_report(workdir: Path) -> Path:
         **{cut: [(s, k, n) for s, m in summaries.items() for k, n in m.get(cut, {}).items()] for cut in CUTS},
         "notes": [(k.replace("_", " "), n) for k, n in _json(workdir / "data" / "notes.json").items() if n],
         "said": findings.sentences(found),
-        "seen": {STAGES[s]: captions.curves(s, rows) for s, rows in metrics.items()}
+        "seen": {TITLES[s]: captions.curves(s, rows) for s, rows in metrics.items()}
         | {"accuracy": captions.accuracy(accuracy), "sweep": captions.sweep(found), "sure": captions.sure(found)},
         "tables": [(p, findings.series(found, p)) for p in (findings.performance(found), findings.variety(found)) if p],
         "curves": {s: [(n, title) for n, title, _ in panels] for s, panels in curves.items() if panels},
@@ -117,7 +130,7 @@ def read_results(workdir: Path) -> Found:
     empty |= {"compared": {}, "differing": {}, "sweep": {}, "remarks": [], "seeds": [], "missing": []}
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
-    known = {"sft": "SFT", "bon": f"best-of-{n}", "ppo": "PPO"}
+    known = {p: TITLES[p] for p in POLICIES if p != "bon"} | {"bon": f"best-of-{n}"}
     held = dict.fromkeys(s for splits in measured for s in splits)
     ordered = [s for s in ("id", ALL) if s in held] + [s for s in held if s not in ("id", ALL)]
     return Found(
@@ -161,7 +174,9 @@ def _facts(found: Found, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         scratch = f"trained from scratch, {keys['pretrain.loop.steps']} steps"
         yield "base", scratch if keys["pretrain.init"] == "scratch" else f"{keys['pretrain.init']}, shipped"
     for fact, text in FACTS:
-        if all(keys.get(key) for key in re.findall(r"\{(.*?)\}", text)):
+        named = re.findall(r"\{(.*?)\}", text)
+        skipped = fact.lower() in METHODS and fact.lower() not in results["policies"]
+        if all(keys.get(key) for key in named) and not skipped:
             yield fact, re.sub(r"\{(.*?)\}", lambda match: keys[match[1]], text)
     if results["seeds"]:
         yield (
@@ -241,7 +256,8 @@ def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
     for gone in found.results["missing"]:
         seeds = ", ".join(map(str, gone["seeds"]))
         yield f"Mean over seeds of {gone['at']}: {gone['why']} (seeds: {seeds})."
-    stages: Sequence[str] = [title for title in STAGES.values() if title not in shown["curves"]]
+    ran = [s for s in TRAINED if s not in METHODS or s in found.results["policies"]]
+    stages: Sequence[str] = [TITLES[s] for s in ran if TITLES[s] not in shown["curves"]]
     if stages:
         yield f"Training curves ({', '.join(stages)}): no metrics.jsonl there."
     if not shown["accuracy"]:

@@ -17,12 +17,12 @@ from jaxrlhf.evaluation.measures import PROXY, WIN_RATE, Measured, against_each_
 from jaxrlhf.evaluation.statistics import Estimate
 from jaxrlhf.files import UserError, read_json, read_records, write_json
 from jaxrlhf.logs import progress, say
+from jaxrlhf.names import POLICIES
 
 if TYPE_CHECKING:
     from jaxrlhf.config import Experiment
 
 Log = Callable[[str], None]
-POLICIES = ("sft", "bon", "ppo")
 Policies = dict[str, dict[str, Measured]]  # policy -> split
 Samples = dict[str, list[dict[str, Any]]]  # split -> records
 
