@@ -45,6 +45,7 @@ def test_it_is_kept_without_outputs():
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_shows_its_results(executed):
     runs, outputs = executed
     assert pictures(outputs["figures"]) == 4
@@ -57,6 +58,7 @@ def test_every_cell_runs_and_shows_its_results(executed):
     assert list(json.loads((runs / "mine" / "results.json").read_text())["policies"]) == ["mine"]
 
 
+@pytest.mark.slow
 def test_samples_stand_side_by_side_as_text(executed):
     runs, outputs = executed
     (table,) = (o["data"]["text/html"] for o in outputs["samples"])
