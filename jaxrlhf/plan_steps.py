@@ -170,7 +170,7 @@ def _reward(base: _Base) -> Iterator[Row]:
     tx = optim.optimizer(c.optim, c.loop.steps)
     state = base.state(tx, base.scorer)
     shape = (2 * c.batch_size, base.length)
-    batch = PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32)))
+    batch = PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
     parts = _parts(base, state) | {"batch": batch, "held": base.top}
     arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
     yield _measure(base, "reward", c.batch_size, reward.step, arguments, parts)[0]

@@ -42,7 +42,8 @@ def sft_batch() -> SftBatch:
 
 
 def pair_batch() -> PairBatch:
-    return PairBatch(*rows(12, seed=2))
+    token_BT, mask_BT = rows(12, seed=2)
+    return PairBatch(token_BT, mask_BT, mask_BT)
 
 
 def near(found, wanted):
