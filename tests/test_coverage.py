@@ -138,7 +138,7 @@ def test_win_rates_at_equal_length(quality, bias, longer, n):
 
 
 @SIZES
-@pytest.mark.parametrize("made", ["world", "topics"])
+@pytest.mark.parametrize("made", ["world", pytest.param("topics", marks=pytest.mark.slow)])
 def test_diversity_across_inputs(made, n):
     """Of texts that repeat each other's words much (the embedded world's summaries), and of texts that do so little.
 
