@@ -74,7 +74,9 @@ def steps(mesh: jax.sharding.Mesh, folder: Path, name: str) -> None:
     found |= named("sft", (metrics, state.params))
 
     state = optim.new_state(TX, Scorer(top=top, head=head), mesh)
-    state, metrics = reward.step(ARCH, TX, state, frozen, sharding.shard_batch(PairBatch(token_BT, mask_BT), mesh))
+    state, metrics = reward.step(
+        ARCH, TX, state, frozen, sharding.shard_batch(PairBatch(token_BT, mask_BT, mask_BT), mesh)
+    )
     found |= named("reward", (metrics, state.params))
 
     token_BP, mask_BP = rows(2)
