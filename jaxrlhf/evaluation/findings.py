@@ -125,7 +125,7 @@ def variety(found: Found) -> Place | None:
 
 
 def pairs(found: Found) -> list[tuple[str, str]]:
-    """Each policy beside SFT, or beside the first one; PPO beside best-of-N, and other methods beside PPO.
+    """Each policy beside SFT, or beside the first one; PPO beside best-of-N, others beside PPO.
 
     Where workdirs are compared, each policy beside its namesake; what a run says of itself is in its own report.
     """

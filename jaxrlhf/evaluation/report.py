@@ -11,7 +11,7 @@ from jaxrlhf.evaluation import captions, explorer, figures, findings, page, pict
 from jaxrlhf.evaluation.figures import Estimate
 from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
-from jaxrlhf.names import METHODS, POLICIES, TITLES, TRAINED
+from jaxrlhf.names import CLIMBERS, METHODS, POLICIES, TITLES, TRAINED
 
 # Parts of a number that has its own place on the page.
 PARTS = ("win_rate_by_length",)
@@ -94,6 +94,8 @@ def write_report(workdir: Path) -> Path:
         "explored": explorer.embedded(texts, found.splits),
         "gone": gone,
         "decided": list(_decided(found)),
+        "climbers": [TITLES[p] for p in CLIMBERS if p in found.results["policies"]],
+        "methods": [m for m in METHODS if m in found.results["policies"]],
         "pairs": findings.pairs(found),
         "counts": list(_counts(found)),
         "shares": shares(found.results),
