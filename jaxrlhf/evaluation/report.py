@@ -96,7 +96,7 @@ def write_report(workdir: Path) -> Path:
         "decided": list(_decided(found)),
         "climbers": [TITLES[p] for p in CLIMBERS if p in found.results["policies"]],
         "methods": [m for m in METHODS if m in found.results["policies"]],
-        "pairs": findings.pairs(found),
+        "pairs": findings.told_pairs(found),
         "counts": list(_counts(found)),
         "shares": shares(found.results),
         "by_length": list(_by_length(found)),
@@ -205,7 +205,7 @@ def shares(results: Mapping[str, Any]) -> bool:
 def _decided(found: Found) -> Iterator[tuple[str, list[findings.Verdict]]]:
     """Of each measure, its verdict on each pair of policies."""
     for place in found.places:
-        held = [findings.differences(found, a, b, place) for a, b in findings.pairs(found)]
+        held = [findings.differences(found, a, b, place) for a, b in findings.told_pairs(found)]
         yield figures.label(place), [findings.decide(d) for d in held]
 
 

@@ -13,6 +13,7 @@ ANY: Limits = (-math.inf, math.inf)
 Z = 1.959963984540054  # 97.5 % point of the normal distribution
 LEAST_ERROR = 0.25  # of a resample, as a share of the sample's
 ROUNDING = 1e-12
+TOGETHER = 512  # sets that are resampled together
 BLOCKS = 10
 T9 = 2.2621571627409915  # that of Student's with BLOCKS - 1 degrees of freedom
 
@@ -32,8 +33,10 @@ def mean_estimates(
 ) -> list[Estimate]:
     """`mean_estimate` of each set; those of one size are resampled together, which is many times faster."""
     found: list[Estimate] = [{} for _ in sets]
-    for n in {len(values) for values in sets}:
-        where = [i for i, values in enumerate(sets) if len(values) == n]
+    by_size: dict[int, list[int]] = {}
+    for i, values in enumerate(sets):
+        by_size.setdefault(len(values), []).append(i)
+    for n, where in ((n, held[k : k + TOGETHER]) for n, held in by_size.items() for k in range(0, len(held), TOGETHER)):
         values_BS = np.stack([np.asarray(sets[i], np.float64) for i in where], axis=1)
         rows = np.stack(mean_intervals(values_BS, resamples, seed), axis=1).tolist()
         for i, (mean, low, high) in zip(where, rows, strict=True):
