@@ -19,11 +19,12 @@ from jaxrlhf.config import Experiment
 from jaxrlhf.data import tokens, world
 from jaxrlhf.files import UserError
 from jaxrlhf.logs import progress
+from jaxrlhf.names import CLIMBERS
 from jaxrlhf.plan_steps import Row
 from jaxrlhf.roofline import GIB
 
-STAGES = ("pretrain", "sft", "reward", "ppo", "sample")
-STEPS = {"ppo": ("ppo rollout", "ppo score", "ppo update"), "sample": ("sample", "sample score")}
+STEPS = {stage: tuple(f"{stage} {what}" for what in ("rollout", "score", "update")) for stage in CLIMBERS}
+STEPS |= {"sample": ("sample", "sample score")}
 SHAPES = {"v4": "2x2x1", "v5e": "8x8", "v5p": "2x2x1", "v6e": "4x4"}
 # Keeps libtpu from asking the network which TPU this machine has, and from refusing a second process.
 _NOT_THERE = {
@@ -78,8 +79,8 @@ def architecture(config: Experiment) -> model.Architecture:
 def due(config: Experiment) -> tuple[str, ...]:
     """The stages of a config that compute on the mesh."""
     made = not config.model.init and config.pretrain.init == "scratch"
-    trained = STAGES if not config.reward.init else tuple(s for s in STAGES if s != "reward")
-    return trained if made else trained[1:]
+    left = {"evaluate", "report", *([] if made else ["pretrain"]), *(["reward"] if config.reward.init else [])}
+    return tuple(s for s in config.stages if s not in left)
 
 
 def hours(config: Experiment, found: Sequence[Row], chip: roofline.Chip, chips: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from jaxrlhf import plan, plan_steps, sharding
 from jaxrlhf.config import Experiment, Mesh
 from jaxrlhf.logs import progress
 from jaxrlhf.model import Architecture
+from jaxrlhf.names import CLIMBERS
 from jaxrlhf.roofline import GIB, Chip
 
 WORTH_IT = 1.05  # a doubled batch that is less faster than this is where doubling ends
@@ -83,7 +84,7 @@ def _parts(config: Experiment, stage: str) -> int:
     if stage == "sample":
         return 1
     c = getattr(config, stage)
-    return c.optim.accumulate * (c.minibatches if stage == "ppo" else 1)
+    return c.optim.accumulate * (c.minibatches if stage in CLIMBERS else 1)
 
 
 def told(config: Experiment, name: str, stages: Sequence[str], json_line: bool) -> str:

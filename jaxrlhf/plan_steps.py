@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,10 +18,10 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrlhf import hlo, model, optim, policies, ppo, reward, roofline, sampling, sft, sharding
-from jaxrlhf.config import Experiment
+from jaxrlhf import dpo, groups, hlo, model, optim, policies, ppo, reward, roofline, sampling, sft, sharding
+from jaxrlhf.config import Experiment, Grpo, Ppo, Rloo
 from jaxrlhf.split import split
-from jaxrlhf.types import ActorCritic, Fixed, PairBatch, PromptBatch, ScalarHead, Scorer, SftBatch
+from jaxrlhf.types import ActorCritic, Ensemble, Fixed, PairBatch, PromptBatch, Sample, ScalarHead, Scorer, SftBatch
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def rows(
     config: Experiment, arch: model.Architecture, chip: roofline.Chip, mesh: DeviceMesh, stages: Sequence[str]
 ) -> Iterator[Row]:
     """Compiles each step of the stages in turn; `UserError` for a batch that does not divide over the mesh."""
-    build = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo, "sample": _sample}
+    build: dict[str, Any] = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo, "sample": _sample}
+    build |= {"dpo": _dpo, "rloo": partial(_group, "rloo"), "grpo": partial(_group, "grpo")}
     with jax.set_mesh(mesh):
         for stage in stages:
             yield from build[stage](_Base(config, arch, chip, mesh))
@@ -70,7 +72,7 @@ class _Base:
         self.frozen = self.lying(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, arch.dtype), frozen))
         self.top = self.lying(top)
         head = ScalarHead(w_D=jax.ShapeDtypeStruct((arch.width,), jnp.float32), b=jax.ShapeDtypeStruct((), jnp.float32))  # pyright: ignore[reportArgumentType]
-        self.scorer, self.actor = Scorer(top=self.top, head=head), ActorCritic(top=self.top, value=head)
+        self.scorer, self.actor = _members(Scorer(top=self.top, head=head), config), ActorCritic(self.top, value=head)
         self.scorer, self.actor = self.lying(self.scorer), self.lying(self.actor)
         c = config.model
         self.length = c.prompt_length + c.response_length
@@ -168,40 +170,91 @@ def _reward(base: _Base) -> Iterator[Row]:
     c = base.config.reward
     base.check("reward", c.batch_size, c.optim.accumulate)
     tx = optim.optimizer(c.optim, c.loop.steps)
-    state = base.state(tx, base.scorer)
-    shape = (2 * c.batch_size, base.length)
+    state = base.state(tx if c.ensemble == 1 else optim.of_each(tx), base.scorer)
+    shape = (2 * c.batch_size * c.ensemble, base.length)
     batch = PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
     parts = _parts(base, state) | {"batch": batch, "held": base.top}
     arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
     yield _measure(base, "reward", c.batch_size, reward.step, arguments, parts)[0]
 
 
-def _ppo(base: _Base) -> Iterator[Row]:
-    """Rollout, score and update: what one of them holds, the others hold too."""
-    c, arch = base.config.ppo, base.arch
-    base.check("ppo", c.batch_size)
-    tx = optim.optimizer(c.optim, c.loop.steps * c.epochs * c.minibatches)
-    state = base.state(tx, base.actor, kl_coef=True)
-    scorer = None if base.config.reward.init else base.scorer
-    fixed = Fixed(frozen=base.frozen, ref=base.top, scorer=scorer)
-    prompts = _prompts(base, c.batch_size)
-    parts = _parts(base, state) | {"held": (base.top, fixed.ref, fixed.scorer)}
+def _dpo(base: _Base) -> Iterator[Row]:
+    c = base.config.dpo
+    base.check("dpo", c.batch_size)
+    tx = optim.optimizer(c.optim, c.loop.steps)
+    state = base.state(tx, base.top)
+    shape = (2 * c.batch_size, base.length)
+    batch = PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
+    parts = _parts(base, state) | {"batch": batch, "held": (base.top, base.top)}
+    arguments = (base.arch, tx, c, state, base.frozen, base.top, batch)
+    yield _measure(base, "dpo", c.batch_size, dpo.step, arguments, parts)[0]
 
-    arguments = (arch, base.generation(c.temperature), base.frozen, state.params.top)
-    arguments = (*arguments, prompts.tokens_BP, prompts.mask_BP, base.key)
-    row, drawn = _measure(base, "ppo rollout", c.batch_size, sampling.sample, arguments, parts | {"batch": prompts})
+
+def _ppo(base: _Base) -> Iterator[Row]:
+    c = base.config.ppo
+    tx = optim.optimizer(c.optim, c.loop.steps * c.epochs * c.minibatches)
+    state, fixed = base.state(tx, base.actor, kl_coef=True), _fixed(base)
+
+    def score(prompts: PromptBatch, drawn: Sample, given_B: Any) -> tuple[Any, tuple]:
+        return ppo.score, (base.arch, c, fixed, state.params, state.kl_coef, prompts, drawn, given_B)
+
+    def update(rollout: Any) -> tuple[Any, tuple]:
+        return ppo.update, (base.arch, tx, c, state, fixed, rollout, base.key)
+
+    yield from _climb(base, "ppo", c, 1, state, score, update)
+
+
+def _group(stage: str, base: _Base) -> Iterator[Row]:
+    c = getattr(base.config, stage)
+    epochs = c.epochs if isinstance(c, Grpo) else 1
+    tx = optim.optimizer(c.optim, c.loop.steps * epochs * c.minibatches)
+    state, fixed = base.state(tx, base.top), _fixed(base)
+
+    def score(prompts: PromptBatch, drawn: Sample, given_B: Any) -> tuple[Any, tuple]:
+        return groups.score, (base.arch, base.config.ppo, c, fixed, state.params, prompts, drawn, given_B)
+
+    def update(rollout: Any) -> tuple[Any, tuple]:
+        return groups.update, (base.arch, tx, c, state, base.frozen, rollout, base.key)
+
+    yield from _climb(base, stage, c, c.samples, state, score, update)
+
+
+def _fixed(base: _Base) -> Fixed:
+    return Fixed(frozen=base.frozen, ref=base.top, scorer=None if base.config.reward.init else base.scorer)
+
+
+def _climb(
+    base: _Base, stage: str, c: Ppo | Rloo | Grpo, samples: int, state: Any, score: Any, update: Any
+) -> Iterator[Row]:
+    """Rollout, score and update: what one of them holds, the others hold too."""
+    base.check(stage, c.batch_size)
+    policy = state.params.top if stage == "ppo" else state.params
+    parts = _parts(base, state) | {"held": (base.top, _fixed(base).ref, _fixed(base).scorer)}
+    prompts, repeated = _prompts(base, c.batch_size), _prompts(base, c.batch_size * samples)
+    given_B = base.array((c.batch_size * samples,), jnp.float32) if base.config.reward.init else None
+
+    def measured(what: str, called: tuple[Any, tuple], batch: Any) -> tuple[Row, Any]:
+        return _measure(base, f"{stage} {what}", c.batch_size, *called, parts | {"batch": batch})
+
+    arguments = (base.arch, base.generation(c.temperature), base.frozen, policy)
+    arguments = (*arguments, prompts.tokens_BP, prompts.mask_BP, base.key, samples)
+    row, drawn = measured("rollout", (sampling.sample, arguments), prompts)
     yield row
     if drawn is None:
         return
-    given_B = base.array((c.batch_size,), jnp.float32) if scorer is None else None
-    arguments = (arch, c, fixed, state.params, state.kl_coef, prompts, drawn, given_B)
-    row, found = _measure(base, "ppo score", c.batch_size, ppo.score, arguments, parts | {"batch": (prompts, drawn)})
+    row, found = measured("score", score(repeated, drawn, given_B), (repeated, drawn))
     yield row
-    if found is None:
-        return
-    arguments = (arch, tx, c, state, fixed, found[0], base.key)
-    batch = (prompts, drawn, found[0])
-    yield _measure(base, "ppo update", c.batch_size, ppo.update, arguments, parts | {"batch": batch})[0]
+    if found is not None:
+        yield measured("update", update(found[0]), (repeated, drawn, found[0]))[0]
+
+
+def _members(scorer: Scorer, config: Experiment) -> Scorer | Ensemble:
+    """The reward model, or as many as an ensemble has, stacked."""
+    c = config.reward
+    if c.ensemble == 1:
+        return scorer
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.ensemble, *x.shape), x.dtype), scorer)
+    return Ensemble(members=stacked, combine=c.combine, uncertainty_coef=c.uncertainty_coef)
 
 
 def _prompts(base: _Base, size: int) -> PromptBatch:

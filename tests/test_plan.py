@@ -104,6 +104,22 @@ def test_every_step_of_a_small_recipe(capsys):
 
 
 @compiles
+def test_other_methods_and_an_ensemble(capsys):
+    """Group methods have no value, so their optimizer is DPO's; a member more is a top more, and its optimizer's."""
+    small = ("--stages=reward,dpo,rloo,grpo", "--config.mesh.fsdp=4", "--config.mesh.data=1")
+    flags = (*small, "--config.methods=dpo,rloo,grpo")
+    steps = planned(capsys, *flags)
+    grouped = [f"{stage} {what}" for stage in ("rloo", "grpo") for what in ("rollout", "score", "update")]
+    assert list(steps) == ["reward", "dpo", *grouped]
+    assert {steps[s]["parts"]["optimizer"] for s in grouped} == {steps["dpo"]["parts"]["optimizer"]}
+    reward = planned(capsys, *flags, "--config.reward.ensemble=3")
+    for part in ("trained", "optimizer"):
+        assert reward["reward"]["parts"][part] == pytest.approx(3 * steps["reward"]["parts"][part], abs=64)
+    more = reward["grpo update"]["parts"]["held"] - steps["grpo update"]["parts"]["held"]
+    assert more == pytest.approx(2 * steps["reward"]["parts"]["trained"], abs=64)
+
+
+@compiles
 def test_data_parallel_steps_add_up_gradients_and_gather_nothing(capsys):
     sft = planned(capsys, "--stages=sft")["sft"]
     assert "all-gather" not in sft["traffic"]["sent"]
