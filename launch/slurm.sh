@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# One jaxrlhf command over the nodes of a Slurm job, a process a node; JAX finds its peers by Slurm's environment.
+#
+#   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh run --config=configs/tldr.py:llama-7b --workdir=/shared/tldr
+#   launch/slurm.sh --dry-run run --config=…      prints the command that a job would run, and runs nothing
+#
+# A job that is preempted gets SIGTERM two minutes ahead, saves within a step, and is queued again into the same workdir.
+# Environment: JAXRLHF_VENV, the virtual environment (default .venv of this checkout).
+#SBATCH --job-name=jaxrlhf
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=TERM@120
+set -euo pipefail
+
+dry=""
+if [ "${1:-}" = --dry-run ]; then
+  dry=1
+  shift
+fi
+if [ $# -eq 0 ]; then
+  printf 'error: the jaxrlhf command is missing, for example run --config=configs/tldr.py --workdir=/shared/tldr\n' >&2
+  exit 2
+fi
+# Slurm runs a copy of this script from its spool; the job's own directory is where sbatch was called.
+checkout=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
+line=(srun --kill-on-bad-exit=1 --label "${JAXRLHF_VENV:-$checkout/.venv}/bin/jaxrlhf" "$@")
+if [ -n "$dry" ]; then
+  printf '%q ' "${line[@]}"
+  printf '\n'
+else
+  cd "$checkout"
+  exec "${line[@]}"
+fi

@@ -1,0 +1,103 @@
+"""The launch scripts, by their dry runs: what they would do, word by word."""
+
+import shlex
+import shutil
+import string
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+SLICE = ("--name=rlhf", "--zone=us-west4-a", "--type=v5litepod-64", "--dry-run")
+COMMAND = ("run", "--config=configs/tldr.py:llama-7b,full", "--workdir=gs://b/tldr", "--config.name=it's $HOME")
+
+
+def script(name, *words):
+    return subprocess.run([LAUNCH / name, *words], capture_output=True, text=True, check=False)
+
+
+def test_shellcheck_has_nothing_to_say():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    found = subprocess.run(["shellcheck", *LAUNCH.glob("*.sh")], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+    assert found.returncode == 0
+
+
+def test_a_tpu_slice_is_made_set_up_and_run():
+    found = script("tpu_pod.sh", *SLICE, "--queued", "--spot", "--delete", "--project=p", "--", *COMMAND)
+    assert found.returncode == 0
+    lines = [shlex.split(line) for line in found.stdout.splitlines()]
+    what = [line[3:5] for line in lines if line[0] == "gcloud"]
+    assert what == [
+        ["queued-resources", "create"],
+        ["tpu-vm", "scp"],
+        ["tpu-vm", "ssh"],
+        ["tpu-vm", "ssh"],
+        ["queued-resources", "delete"],
+    ]
+    assert all({"--zone=us-west4-a", "--project=p", "--quiet"} <= set(line) for line in lines if line[0] == "gcloud")
+    assert {"--spot", "--accelerator-type=v5litepod-64", "--node-id=rlhf"} <= set(lines[0])
+    remote = next(w for w in lines[4] if w.startswith("--command=")).removeprefix("--command=")
+    # The remote shell gets the words that were given here, whatever is in them.
+    assert shlex.split(remote.split("&& ", 1)[1]) == [".venv/bin/jaxrlhf", *COMMAND]
+    plain = script("tpu_pod.sh", *SLICE, "--", *COMMAND).stdout
+    assert "tpu-vm create rlhf" in plain
+    assert "delete" not in plain
+    assert "--spot" not in plain
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--zone=z", "--type=t", "--", *COMMAND), "--name"),
+        ((*SLICE,), "command is missing"),
+        ((*SLICE, "run"), "run: not a flag"),
+        ((*SLICE, "--tries=0", "--", *COMMAND), "--tries=0"),
+        ((*SLICE, "--", "run", "--workdir=runs/x"), "--workdir=runs/x"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(words, names):
+    found = script("tpu_pod.sh", *words)
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.count("\n") == 1
+    assert names in found.stderr
+
+
+def test_slurm_runs_a_process_a_node():
+    found = script("slurm.sh", "--dry-run", *COMMAND)
+    line = shlex.split(found.stdout)
+    assert line[0] == "srun"
+    assert line[-len(COMMAND) :] == list(COMMAND)
+    assert line[-len(COMMAND) - 1].endswith("/bin/jaxrlhf")
+    directives = [w for w in (LAUNCH / "slurm.sh").read_text().splitlines() if w.startswith("#SBATCH")]
+    assert {"#SBATCH --ntasks-per-node=1", "#SBATCH --requeue", "#SBATCH --signal=TERM@120"} <= set(directives)
+    assert script("slurm.sh").returncode == 2
+
+
+def test_the_jobset_is_whole():
+    names = {
+        "NAME": "tldr",
+        "IMAGE": "r/p/jaxrlhf:1",
+        "HOSTS": "8",
+        "CHIPS": "8",
+        "ACCELERATOR": "tpu-v5-lite-podslice",
+    }
+    names |= {
+        "ACCELERATOR": "tpu-v5-lite-podslice",
+        "TOPOLOGY": "8x8",
+        "CONFIG": "configs/tldr.py:llama-7b",
+        "WORKDIR": "gs://b/tldr",
+    }
+    text = (LAUNCH / "gke.yaml").read_text()
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    found = yaml.safe_load(string.Template(body).substitute(names))
+    job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (found["kind"], job["parallelism"], job["completions"]) == ("JobSet", 8, 8)
+    container = job["template"]["spec"]["containers"][0]
+    assert container["command"] == ["jaxrlhf", "run", "--config=configs/tldr.py:llama-7b", "--workdir=gs://b/tldr"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 8}
