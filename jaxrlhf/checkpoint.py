@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxrlhf import hosts
 from jaxrlhf.claim import changes
-from jaxrlhf.files import Failure, UserError, write_text
+from jaxrlhf.files import Failure, UserError, write_text, writes
 from jaxrlhf.logs import say
 from jaxrlhf.types import TrainState
 
@@ -63,13 +64,18 @@ def restore(directory: Path, like: TrainState, meta: Mapping[str, Any]) -> Train
     Raises:
       UserError: it belongs to another config, trunk or tokenizer; says what differs.
     """
+    if (step := hosts.decided(lambda: _newest(directory))) is None:
+        return None
+    items = _read(directory, step, meta, {"params": like.params, "rest": _rest(like)})
+    return like.replace(params=items["params"], **items["rest"])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _newest(directory: Path) -> int | None:
     for step in _steps(directory):
-        if wrong := damage(directory, step):
-            say(f"{directory / str(step)}: {wrong}; removed, to go on from the checkpoint before it")
-            shutil.rmtree(directory / str(step))
-            continue
-        items = _read(directory, step, meta, {"params": like.params, "rest": _rest(like)})
-        return like.replace(params=items["params"], **items["rest"])  # pyright: ignore[reportAttributeAccessIssue]
+        if not (wrong := damage(directory, step)):
+            return step
+        say(f"{directory / str(step)}: {wrong}; removed, to go on from the checkpoint before it")
+        shutil.rmtree(directory / str(step))
     return None
 
 
@@ -80,7 +86,7 @@ def load_params(directory: Path, step: int, like: Any, meta: Mapping[str, Any]) 
       Failure: it is not there or damaged; says how to make it again.
       UserError: it belongs to another config, trunk or tokenizer.
     """
-    if wrong := damage(directory, step):
+    if wrong := hosts.decided(lambda: damage(directory, step)):
         stage = directory.parent.name
         raise Failure(
             f"{directory / str(step)}: {wrong}; `jaxrlhf {stage}` with this config and workdir makes it again"
@@ -106,13 +112,13 @@ def damage(directory: Path, step: int) -> str:
 def _seal(manager: ocp.CheckpointManager, step: int, keep: int) -> None:
     manager.wait_until_finished()
     folder = Path(manager.directory) / str(step)
-    if jax.process_index() == 0:
+    if writes():
         write_text(folder / SEAL, _sums(folder))
     _prune(folder.parent, keep)
 
 
 def _prune(directory: Path, keep: int) -> None:
-    if jax.process_index() == 0:
+    if writes():
         for old in _steps(directory)[keep:]:
             shutil.rmtree(directory / str(old))
 
@@ -133,7 +139,8 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _read(directory: Path, step: int, meta: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
-    options = ocp.CheckpointManagerOptions(create=False)  # read_only=True would put three warnings on the terminal
+    # read_only=True would put three warnings on the terminal.
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=_readers())
     # Without a limit all leaves are on their way at once, each held twice. It must exceed the largest one.
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(items))
     handlers: dict[str, Any] = {"meta": ocp.JsonCheckpointHandler()}
@@ -144,6 +151,14 @@ def _read(directory: Path, step: int, meta: Mapping[str, Any], items: Mapping[st
         check_meta(directory, found, meta)
         targets = {k: ocp.args.StandardRestore(abstract(v)) for k, v in items.items()}  # pyright: ignore[reportCallIssue]
         return manager.restore(step, args=ocp.args.Composite(**targets))
+
+
+def _readers() -> ocp.options.MultiprocessingOptions:
+    """All hosts, or this one where it works alone, which must not wait for the others."""
+    if hosts.together():
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="alone")
 
 
 def check_meta(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

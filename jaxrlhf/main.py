@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from jaxrlhf.files import Failure, Stopped, UserError
+from jaxrlhf.files import Failure, Stopped, UserError, writes
 from jaxrlhf.logs import say
 from jaxrlhf.names import METHODS, STAGES
 
@@ -48,7 +49,11 @@ def console() -> None:
 
     recipe = len(sys.argv) > 1 and sys.argv[1] in ("run", *STAGES) and _has(sys.argv, "config")
     with preemption.leaving() if recipe else contextlib.nullcontext():
-        status = main(sys.argv)
+        try:
+            status = main(sys.argv)
+        except Exception:
+            traceback.print_exc()
+            status = 1  # and out at once: Python's own way out would wait for other hosts, which wait for this one
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -68,7 +73,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        say(str(stopped))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 1
@@ -232,14 +237,18 @@ def _run_stages(command: str, argv: list[str]) -> None:
         raise UserError(f"config.methods={experiment.methods!r} does not name {command}; nothing would measure it")
     workdir = Path(str(values["workdir"].value))
     experiment = with_base(experiment, workdir)
-    unclaimed = not (workdir / "config.json").exists()
-    claim(workdir, experiment)
+    from jaxrlhf import hosts
+
+    hosts.start()
+    unclaimed = hosts.decided(lambda: claim(workdir, experiment))
+    if not (workdir / "config.json").exists():
+        raise UserError(f"--workdir={workdir}: this host does not see what host 0 wrote; name a folder that all share")
     stages = experiment.stages if command == "run" else (command,)
     from jaxrlhf import stages as runner
 
     try:
         runner.run_stages(experiment, workdir, stages, skip_finished=command == "run")
     except UserError:
-        if unclaimed and not any((workdir / s).exists() for s in (*STAGES, "samples")):
+        if unclaimed and writes() and not any((workdir / s).exists() for s in (*STAGES, "samples")):
             (workdir / "config.json").unlink()  # nothing was made yet: the corrected config may have the workdir
         raise
