@@ -11,6 +11,8 @@ import contextvars
 import itertools
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -26,7 +28,7 @@ _alone = contextvars.ContextVar("alone", default=False)  # host 0, while it deci
 _calls = itertools.count()  # the same in every process, as all take the same path
 
 
-def start() -> None:
+def start(seconds: float = SECONDS) -> None:
     """Joins the other processes, where the environment speaks of any; must come before JAX looks for devices.
 
     The environment is explicit (JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or Slurm's, or
@@ -34,6 +36,7 @@ def start() -> None:
 
     Raises:
       UserError: a variable is missing or no number, or this is one host of several and nothing says so.
+      Failure: with an explicit environment, names the processes that did not come within so many seconds.
     """
     env = os.environ
     if jax.distributed.is_initialized():
@@ -42,9 +45,11 @@ def start() -> None:
         count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
         if not 0 <= index < count:
             raise UserError(f"JAX_PROCESS_ID={index}: must be from 0 to JAX_NUM_PROCESSES - 1 = {count - 1}")
-        if ":" not in env.get("JAX_COORDINATOR_ADDRESS", ""):
-            raise UserError("JAX_COORDINATOR_ADDRESS must be HOST:PORT, of process 0")
-        jax.distributed.initialize(num_processes=count, process_id=index, cluster_detection_method="deactivate")
+        address = env.get("JAX_COORDINATOR_ADDRESS", "")
+        if not address.rpartition(":")[2].isdecimal():
+            raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: must be HOST:PORT, of process 0")
+        _meet(address, count, index, seconds)
+        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
     elif (
         int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
@@ -55,6 +60,51 @@ def start() -> None:
         raise UserError(
             f"this is one of {jax.process_count()} hosts; set JAXRLHF_HOSTS=auto on each, as launch/tpu_pod.sh does"
         )
+
+
+def _meet(address: str, count: int, index: int, seconds: float) -> None:
+    """Waits at the coordinator's address for all processes: where one is missing, JAX would end the others unnamed."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    if index:
+        return _report_to(host, int(port), index, count, until, seconds)
+    calls: dict[int, socket.socket] = {}
+    here = host if host in ("127.0.0.1", "localhost") else ""
+    with socket.create_server((here, int(port))) as server, contextlib.ExitStack() as opened:
+        while len(calls) < count - 1 and (left := until - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError, ValueError):
+                call = opened.enter_context(server.accept()[0])
+                call.settimeout(5)
+                if 0 < (caller := int(call.recv(16))) < count:
+                    calls[caller] = call
+        word = _missing({0, *calls}, count, seconds) if len(calls) < count - 1 else ""
+        for call in calls.values():
+            with contextlib.suppress(OSError):
+                call.sendall(word.encode())
+                call.shutdown(socket.SHUT_WR)
+                call.recv(1)  # the other side closes first, so that the port is free at once
+    if word:
+        raise Failure(word)
+
+
+def _report_to(host: str, port: int, index: int, count: int, until: float, seconds: float) -> None:
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 5) as call:
+            call.settimeout(max(until - time.monotonic(), 0) + 10)
+            call.sendall(str(index).encode())
+            if word := b"".join(iter(lambda: call.recv(4096), b"")).decode():
+                raise Failure(word)
+            return
+        time.sleep(0.2)
+    raise Failure(_missing(set(range(count)) - {0}, count, seconds))
+
+
+def _missing(here: set[int], count: int, seconds: float) -> str:
+    names = ", ".join(str(i) for i in range(count) if i not in here)
+    if not names:
+        return f"after {seconds:g} s this process is too late"
+    return f"after {seconds:g} s process {names} of 0 to {count - 1} is missing; its log may say why"
 
 
 def together() -> bool:
@@ -87,10 +137,7 @@ def barrier(name: str, seconds: float = SECONDS) -> None:
         client.wait_at_barrier(place, int(seconds * 1000))
     except jax.errors.JaxRuntimeError:
         here = {int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(place)}
-        missing = ", ".join(str(i) for i in range(count) if i not in here)
-        raise Failure(
-            f"{name}: after {seconds:g} s process {missing} of 0 to {count - 1} is missing; its log may say why"
-        ) from None
+        raise Failure(f"{name}: {_missing(here, count, seconds)}") from None
 
 
 def decided(work: Callable[[], Value]) -> Value:

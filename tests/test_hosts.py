@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,14 +77,6 @@ def one(tmp_path_factory):
     return workdir
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("two")
-    said = finish(local(2, *command(workdir))).stdout
-    assert said.count("index.html") == 1
-    return workdir
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -115,20 +108,24 @@ def same_run(ours, theirs):
         assert (ours / split.relative_to(theirs)).read_bytes() == split.read_bytes()
 
 
-def test_two_processes_are_one_run(one, two):
+def test_two_processes_are_one_run_and_go_on_as_one(tmp_path):
+    """At the end, and from what two of them saved after two steps of PPO."""
+    workdirs = one, two = tmp_path / "one", tmp_path / "two"
+    going = [
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for argv in (command(one), local(2, *command(two)))
+    ]
+    for workdir, process in zip(workdirs, going, strict=True):
+        said, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors[-3000:]
+        assert said.count("index.html") == 1
+        for stage in TRAINED:  # host 0 alone writes events
+            assert len(list((workdir / stage / "tensorboard").iterdir())) == 1
     same_run(two, one)
-    for stage in TRAINED:  # host 0 alone writes events
-        assert len(list((two / stage / "tensorboard").iterdir())) == 1
-
-
-def test_two_processes_go_on_as_one(one, two, tmp_path):
-    """From what two of them saved after two steps of PPO."""
-    workdir = tmp_path / "run"
-    shutil.copytree(two, workdir)
-    shutil.rmtree(workdir / "ppo" / "checkpoints" / "4")
-    (workdir / "ppo" / "summary.json").unlink()
-    assert "resumed at step 2 of 4" in finish(command(workdir, "ppo")).stderr
-    same_metrics(workdir, one, ("ppo",))
+    shutil.rmtree(two / "ppo" / "checkpoints" / "4")
+    (two / "ppo" / "summary.json").unlink()
+    assert "resumed at step 2 of 4" in finish(command(two, "ppo")).stderr
+    same_metrics(two, one, ("ppo",))
 
 
 @pytest.mark.slow
@@ -193,7 +190,8 @@ def test_host_0_decides_and_writes(agreed):
 
 
 def test_a_barrier_names_who_is_missing(agreed):
-    assert agreed[0]["missing"] == ("the last step: after 1.5 s process 1 of 0 to 1 is missing; its log may say why")
+    assert agreed[0]["missing"] == "the last step: after 1.5 s process 1 of 0 to 1 is missing; its log may say why"
+    assert agreed[1]["missing"] == "the last step: after 1.5 s this process is too late"
 
 
 def test_batches_are_those_of_grain():
@@ -205,13 +203,36 @@ def test_batches_are_those_of_grain():
     assert [ours[i] for i in range(12)] == [theirs[i] for i in range(12)]
 
 
+def test_who_never_comes_is_named_at_the_start(monkeypatch):
+    """Of three processes, 0 and 2 are there: both say that 1 is missing, and neither waits for ever."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    program = (
+        "from jaxrlhf import files, hosts\ntry: hosts.start(seconds=4)\nexcept files.Failure as failure: print(failure)"
+    )
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3"}
+    there = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=os.environ | shared | {"JAX_PROCESS_ID": i},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in ("2", "0")
+    ]
+    for process in there:
+        said = process.communicate(timeout=60)[0]
+        assert said == "after 4 s process 1 of 0 to 2 is missing; its log may say why\n"
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=: must be a whole number"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID=x: must be a whole number"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: must be from 0 to"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "JAX_COORDINATOR_ADDRESS must be HOST:PORT"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "JAX_COORDINATOR_ADDRESS=: must be HOST:PORT"),
     ],
 )
 def test_an_environment_that_is_not_whole_is_named(monkeypatch, variables, message):
