@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One jaxrlhf command over the nodes of a Slurm job, a process a node; JAX finds its peers by Slurm's environment.
+# One jaxrlhf command over the nodes of a Slurm job, a process a GPU (or a node without any): JAX finds its peers by
+# Slurm's environment, and gives each process of a node a GPU of its own.
 #
-#   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh run --config=configs/tldr.py:llama-7b --workdir=/shared/tldr
+#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh run --config=configs/tldr.py:llama-7b --workdir=/shared/tldr
 #   launch/slurm.sh --dry-run run --config=…      prints the command that a job would run, and runs nothing
 #
 # A job that is preempted gets SIGTERM two minutes ahead, saves within a step, and is queued again into the same workdir.
 # Environment: JAXRLHF_VENV, the virtual environment (default .venv of this checkout).
 #SBATCH --job-name=jaxrlhf
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120

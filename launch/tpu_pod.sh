@@ -131,7 +131,7 @@ for ((try = 1; try <= tries; try++)); do
       ;;
   esac
   # A slice can be taken away while it is set up, too.
-  if install && on_all_workers "cd jaxrlhf && .venv/bin/jaxrlhf $command"; then
+  if install && on_all_workers "cd jaxrlhf && JAXRLHF_HOSTS=auto .venv/bin/jaxrlhf $command"; then
     [ -z "$delete" ] || remove
     exit 0
   else

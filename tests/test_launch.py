@@ -42,7 +42,7 @@ def test_a_tpu_slice_is_made_set_up_and_run():
     assert {"--spot", "--accelerator-type=v5litepod-64", "--node-id=rlhf"} <= set(lines[0])
     remote = next(w for w in lines[4] if w.startswith("--command=")).removeprefix("--command=")
     # The remote shell gets the words that were given here, whatever is in them.
-    assert shlex.split(remote.split("&& ", 1)[1]) == [".venv/bin/jaxrlhf", *COMMAND]
+    assert shlex.split(remote.split("&& ", 1)[1]) == ["JAXRLHF_HOSTS=auto", ".venv/bin/jaxrlhf", *COMMAND]
     plain = script("tpu_pod.sh", *SLICE, "--", *COMMAND).stdout
     assert "tpu-vm create rlhf" in plain
     assert "delete" not in plain
@@ -68,14 +68,14 @@ def test_a_mistake_is_named_in_one_line(words, names):
     assert names in found.stderr
 
 
-def test_slurm_runs_a_process_a_node():
+def test_slurm_runs_the_command_in_every_task():
     found = script("slurm.sh", "--dry-run", *COMMAND)
     line = shlex.split(found.stdout)
     assert line[0] == "srun"
     assert line[-len(COMMAND) :] == list(COMMAND)
     assert line[-len(COMMAND) - 1].endswith("/bin/jaxrlhf")
     directives = [w for w in (LAUNCH / "slurm.sh").read_text().splitlines() if w.startswith("#SBATCH")]
-    assert {"#SBATCH --ntasks-per-node=1", "#SBATCH --requeue", "#SBATCH --signal=TERM@120"} <= set(directives)
+    assert {"#SBATCH --requeue", "#SBATCH --signal=TERM@120"} <= set(directives)
     assert script("slurm.sh").returncode == 2
 
 
@@ -100,4 +100,5 @@ def test_the_jobset_is_whole():
     assert (found["kind"], job["parallelism"], job["completions"]) == ("JobSet", 8, 8)
     container = job["template"]["spec"]["containers"][0]
     assert container["command"] == ["jaxrlhf", "run", "--config=configs/tldr.py:llama-7b", "--workdir=gs://b/tldr"]
+    assert container["env"] == [{"name": "JAXRLHF_HOSTS", "value": "auto"}]
     assert container["resources"]["limits"] == {"google.com/tpu": 8}
