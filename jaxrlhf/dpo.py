@@ -93,6 +93,7 @@ def dpo(run: Run) -> None:
         stage="dpo",
         title=run.title,
         directory=run.directory("dpo"),
+        remote=run.remote,
         loop=c.loop,
         state=optim.new_state(tx, ref, run.mesh),
         meta=run.meta("dpo"),

@@ -18,6 +18,7 @@ from jaxrlhf.config import Experiment
 from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
 from jaxrlhf.split import take_apart, tree_hash
+from jaxrlhf.store import Workdir
 from jaxrlhf.types import ActorCritic, Ensemble, Frozen, Params, ScalarHead, Scorer, Top
 
 ASSETS = Path(__file__).parent / "assets"
@@ -38,6 +39,7 @@ class Run:
     workdir: Path
     task: Task
     title: str  # of the stage under way, as progress shows it
+    remote: Workdir | None = None  # where the workdir stands for a place in an object store
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -132,7 +134,8 @@ class Run:
         if not self.finished(stage):
             raise UserError(f"{self.workdir}: stage {stage!r} is not finished; run `jaxrlhf {stage}` first")
         steps = self.summary(stage)["steps"]
-        return checkpoint.load_params(self.directory(stage) / "checkpoints", steps, like, self.meta(stage))
+        kept = self.remote or Workdir(self.workdir)
+        return checkpoint.load_params(kept.checkpoints(stage), steps, like, self.meta(stage))
 
     def finished(self, stage: str) -> bool:
         """Whether a stage has written its summary, which it does last."""

@@ -73,6 +73,7 @@ def reward(run: Run) -> None:
         stage="reward",
         title=run.title,
         directory=run.directory("reward"),
+        remote=run.remote,
         loop=c.loop,
         state=optim.new_state(tx, _start(run), run.mesh),
         meta=run.meta("reward"),

@@ -194,6 +194,7 @@ def train(
         stage=stage,
         title=run.title,
         directory=run.directory(stage),
+        remote=run.remote,
         loop=c.loop,
         state=state,
         meta=run.meta(stage),

@@ -74,6 +74,7 @@ def train(
         stage=stage,
         title=run.title,
         directory=run.directory(stage),
+        remote=run.remote,
         loop=c.loop,
         state=optim.new_state(tx, top, run.mesh),
         meta=run.meta(stage),

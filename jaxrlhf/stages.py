@@ -13,7 +13,9 @@ from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
 from jaxrlhf.evaluation import report, results
 from jaxrlhf.experiment import Run
+from jaxrlhf.files import writes
 from jaxrlhf.logs import say
+from jaxrlhf.store import Workdir
 
 _TRAIN = {
     "pretrain": sft.pretrain,
@@ -27,12 +29,14 @@ _TRAIN = {
 }
 
 
-def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_finished: bool) -> None:
+def run_stages(config: Experiment, kept: Workdir, stages: Sequence[str], skip_finished: bool) -> None:
     """Runs the stages named; with `skip_finished`, those that are not complete, and what follows from them."""
+    workdir = kept.local
     if config.reward.init and "reward" in stages and not (workdir / "reward" / "summary.json").exists():
         scoring.load(hub.directory_of(config.reward.init, "config.reward.init"))  # mistakes before hours of SFT
-    data = hosts.first_then_all(lambda: task.load(config, workdir, say)) if any(s in _TRAIN for s in stages) else None
-    fresh = False
+    fresh, data = False, None
+    if any(s in _TRAIN for s in stages):
+        data = hosts.first_then_all(lambda: _load(config, kept))
     for stage in stages:
         title = f"[{config.stages.index(stage) + 1}/{len(config.stages)}] {stage}"
         if stage == "evaluate":
@@ -45,14 +49,25 @@ def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_fi
             say(f"{title}: the base {config.pretrain.init!r} is shipped; --config.pretrain.init=scratch makes it anew")
         else:
             assert data is not None
-            run = Run(config, workdir, data, title)
+            run = Run(config, workdir, data, title, kept if kept.remote else None)
             if skip_finished and run.finished(stage):
                 say(f"{title}: complete")
                 continue
             hosts.barrier(f"the start of stage {stage}")
+            if not writes():
+                kept.fetch()
             with jax.set_mesh(run.mesh):
                 _TRAIN[stage](run)
+            kept.send()
             fresh = True
+
+
+def _load(config: Experiment, kept: Workdir) -> task.Task:
+    if not writes():
+        kept.fetch()
+    found = task.load(config, kept.local, say)
+    kept.send()
+    return found
 
 
 def _evaluate(config: Experiment, workdir: Path, title: str, due: bool) -> bool:
