@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `sentencepiece`, `test`, `parity`."""
+"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `gs`, `sentencepiece`, `test`, `parity`."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ setup(
     install_requires=[
         "absl-py",
         "array_record",
+        "etils[epath]",
         "flax>=0.12",
         "grain>=0.2.18",
         "huggingface_hub",
@@ -42,6 +43,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
+        "gs": ["gcsfs"],  # for workdirs in buckets
         "sentencepiece": ["sentencepiece"],  # for imported models that have a tokenizer.model and no tokenizer.json
         "test": ["playwright", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff", "sentencepiece"],
         # For the tests that compare with torch live. The first carries the weights of all-MiniLM-L6-v2 and brings

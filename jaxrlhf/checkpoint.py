@@ -22,6 +22,7 @@ from jaxrlhf import hosts
 from jaxrlhf.claim import changes
 from jaxrlhf.files import Failure, UserError, write_text, writes
 from jaxrlhf.logs import say
+from jaxrlhf.store import files
 from jaxrlhf.types import TrainState
 
 AnyPath = Path | epath.Path
@@ -126,10 +127,8 @@ def _prune(directory: AnyPath, keep: int) -> None:
 
 def _sums(folder: AnyPath) -> str:
     """A line for each file but the seal, as `sha256sum` writes it; paths begin with the step, which is thus sealed."""
-    walk = epath.Path(folder).walk()
-    paths = sorted(where / name for where, _, names in walk for name in names if name != SEAL)
     lines = []
-    for path in paths:
+    for path in sorted(p for p in files(epath.Path(folder)) if p.name != SEAL):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
             lines.append(f"{digest}  {path.relative_to(folder.parent)}\n")

@@ -42,7 +42,7 @@ def run_stages(config: Experiment, kept: Workdir, stages: Sequence[str], skip_fi
         if stage == "evaluate":
             fresh = hosts.decided(partial(_evaluate, config, workdir, title, fresh or not skip_finished)) or fresh
         elif stage == "report":
-            hosts.decided(partial(_report, workdir, title, fresh or not skip_finished))
+            hosts.decided(partial(_report, kept, title, fresh or not skip_finished))
         elif stage == "pretrain" and config.model.init:
             say(f"{title}: the base is imported from {config.model.init}")
         elif stage == "pretrain" and config.pretrain.init != "scratch":
@@ -78,9 +78,9 @@ def _evaluate(config: Experiment, workdir: Path, title: str, due: bool) -> bool:
     return due
 
 
-def _report(workdir: Path, title: str, due: bool) -> None:
-    page = workdir / "report" / "index.html"
+def _report(kept: Workdir, title: str, due: bool) -> None:
+    page = kept.local / "report" / "index.html"
     if not due and page.exists():
-        return say(f"{title}: complete; see {page}")
+        return say(f"{title}: complete; see {kept.named(page)}")
     say(f"{title}: drawing")
-    print(report.write_report(workdir))
+    print(kept.named(report.write_report(kept.local)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxrlhf.files import Failure, UserError, writes
+from jaxrlhf.files import Failure, Stopped, UserError, writes
 
 CHECKPOINTS = "checkpoints"
 
@@ -31,17 +31,19 @@ class Workdir:
         """Where a stage's checkpoints lie."""
         return (self.remote or self.local) / stage / CHECKPOINTS
 
+    def named(self, words: object) -> str:
+        """What is said of the local folder, said of what it stands for."""
+        return str(words).replace(str(self.local), str(self.remote or self.local))
+
     def fetch(self) -> None:
         """Copies here what is there, checkpoints apart."""
-        if self.remote is None or not self.remote.exists():
+        if self.remote is None:
             return
         with _told(self.remote):
-            for folder, _, names in self.remote.walk():
-                inside = folder.relative_to(self.remote)
-                if CHECKPOINTS not in inside.parts:
-                    (self.local / inside).mkdir(parents=True, exist_ok=True)
-                    for name in names:
-                        (folder / name).copy(self.local / inside / name, overwrite=True)
+            for path in files(self.remote, CHECKPOINTS) if self.remote.exists() else ():
+                here = self.local / path.relative_to(self.remote)
+                here.parent.mkdir(parents=True, exist_ok=True)
+                path.copy(here, overwrite=True)
         self._sent.update(self._found())
 
     def send(self) -> None:
@@ -69,8 +71,9 @@ def opened(place: str) -> Iterator[Workdir]:
 
     Raises:
       UserError: nothing here reads such URLs.
+      Failure: the store cannot be reached. Errors from within the context name the URL where they name the folder.
     """
-    if not remote(place):
+    if "://" not in place:
         yield Workdir(Path(place))
         return
     with tempfile.TemporaryDirectory(prefix="jaxrlhf-") as folder:
@@ -78,13 +81,19 @@ def opened(place: str) -> Iterator[Workdir]:
         found.fetch()
         try:
             yield found
+        except (UserError, Failure, Stopped) as error:
+            raise type(error)(found.named(error)) from None
         finally:
             found.send()
 
 
-def remote(place: str) -> bool:
-    """Whether a workdir is named by a URL."""
-    return "://" in place
+def files(folder: epath.Path, but: str = "") -> Iterator[epath.Path]:
+    """The files of a folder and of those in it, but for folders of one name."""
+    for path in folder.iterdir():  # walk() loses the scheme of a URL
+        if not path.is_dir():
+            yield path
+        elif path.name != but:
+            yield from files(path, but)
 
 
 @contextlib.contextmanager
@@ -92,8 +101,8 @@ def _told(place: epath.Path) -> Iterator[None]:
     """What a store's own library says, as one line."""
     try:
         yield
-    except (ImportError, ValueError) as error:
-        raise UserError(f"--workdir={place}: {_line(error)}; gs:// takes `pip install gcsfs`") from None
+    except ImportError as error:
+        raise UserError(f"--workdir={place}: {_line(error)}; gs:// takes `pip install 'jaxrlhf[gs]'`") from None
     except OSError as error:
         raise Failure(f"{place}: cannot be read or written ({_line(error)}); the same command goes on") from None
 

@@ -151,6 +151,18 @@ def test_stopped_as_two_it_ends_as_one(one, tmp_path, number, status):
     same_run(workdir, one)
 
 
+@pytest.mark.slow
+def test_two_processes_with_a_bucket_and_no_shared_folder(one, tmp_path):
+    """A folder stands in for the bucket; the second command has nothing else to go on from."""
+    bucket = tmp_path / "bucket"
+    finish(local(2, *command(f"file://{bucket}")))
+    shutil.rmtree(bucket / "ppo" / "checkpoints" / "4")
+    for gone in (bucket / "ppo" / "summary.json", bucket / "results.json"):
+        gone.unlink()
+    assert "resumed at step 2 of 4" in finish(local(2, *command(f"file://{bucket}"))).stderr
+    same_run(bucket, one)
+
+
 def test_a_mistake_is_everybodys(tmp_path):
     words = [w for w in command(tmp_path) if "sft.batch_size" not in w and "loop.steps" not in w]
     argv = local(2, *words, "--config.pretrain.loop.steps=1", "--config.pretrain.batch_size=7")
