@@ -118,7 +118,7 @@ install() {
   folder=$(mktemp -d) &&
     do_it git -C "$checkout" archive --format=tar.gz --output="$folder/jaxrlhf.tar.gz" HEAD &&
     tpu tpu-vm scp "$folder/jaxrlhf.tar.gz" "$name:jaxrlhf.tar.gz" --worker=all &&
-    on_all_workers "mkdir -p jaxrlhf && tar -xzf jaxrlhf.tar.gz -C jaxrlhf && cd jaxrlhf && python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]'"
+    on_all_workers "mkdir -p jaxrlhf && tar -xzf jaxrlhf.tar.gz -C jaxrlhf && cd jaxrlhf && python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu,gs]'"
 }
 
 for ((try = 1; try <= tries; try++)); do
