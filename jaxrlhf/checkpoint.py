@@ -161,7 +161,7 @@ def _read(directory: AnyPath, step: int, meta: Mapping[str, Any], items: Mapping
 
 def _readers() -> ocp.options.MultiprocessingOptions:
     """All hosts, or this one where it works alone, which must not wait for the others."""
-    if hosts.together():
+    if jax.process_count() == 1 or hosts.together():
         return ocp.options.MultiprocessingOptions()
     me = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="alone")

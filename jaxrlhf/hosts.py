@@ -14,6 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +24,8 @@ from jaxrlhf.files import Failure, UserError
 
 Value = TypeVar("Value")
 SECONDS = 600.0  # that processes may be apart where a barrier is
+LATE = 60.0  # seconds after which a network's folder shows what host 0 wrote
+ANSWER = 5.0  # seconds that the others have to say that they are there, when one of them may be gone
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _alone = contextvars.ContextVar("alone", default=False)  # host 0, while it decides
 _calls = itertools.count()  # the same in every process, as all take the same path
@@ -130,14 +133,40 @@ def barrier(name: str, seconds: float = SECONDS) -> None:
     """Waits until every process is here; `Failure` that names the missing ones when the time is up."""
     if not together():
         return
-    client, count = _client(), jax.process_count()
-    place = f"jaxrlhf/barrier/{next(_calls)}"
-    client.key_value_set(f"{place}/{jax.process_index()}", "here")
+    if missing := _wait(f"jaxrlhf/barrier/{next(_calls)}", seconds):
+        raise Failure(f"{name}: {missing}")
+
+
+def gone(error: Exception) -> str:
+    """Who does not answer, if an error is of the kind that a process meets when another one is gone; "" otherwise."""
+    if not (together() and any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE"))):
+        return ""
+    missing = _wait("jaxrlhf/gone", ANSWER)
+    return f"{missing}; the same command goes on" if missing else ""
+
+
+def _wait(place: str, seconds: float) -> str:
+    """Waits at a barrier; says who is missing when the time is up, or "" when all came."""
+    client = _client()
     try:
+        client.key_value_set(f"{place}/{jax.process_index()}", "here")
         client.wait_at_barrier(place, int(seconds * 1000))
     except jax.errors.JaxRuntimeError:
-        here = {int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(place)}
-        raise Failure(f"{name}: {_missing(here, count, seconds)}") from None
+        try:
+            here = {int(key.rsplit("/", 1)[1]) for key, _ in client.key_value_dir_get(place)}
+        except jax.errors.JaxRuntimeError:
+            return "host 0 cannot be reached any more; its log may say why"
+        return _missing(here, jax.process_count(), seconds)
+    return ""
+
+
+def shared(path: Path) -> None:
+    """`UserError` if this host never sees a file that host 0 wrote."""
+    until = time.monotonic() + LATE
+    while not path.exists():
+        if time.monotonic() > until or not together():
+            raise UserError(f"{path}: this host does not see what host 0 wrote; name a folder that all share")
+        time.sleep(0.5)
 
 
 def decided(work: Callable[[], Value]) -> Value:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import checkpoint, optim, preemption
+from jaxrlhf import checkpoint, hosts, optim, preemption
 from jaxrlhf.config import Loop
 from jaxrlhf.files import Failure, Stopped
 from jaxrlhf.logs import Log, progress, say
@@ -90,6 +90,7 @@ def run(
             if stop:
                 break
     if stop:
+        hosts.barrier("the last save")  # a launcher ends all when the first one ends
         raise Stopped(f"stopped at step {int(state.step)} of {loop.steps} of {stage}, saved; the same command goes on")
     return state
 

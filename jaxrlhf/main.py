@@ -55,9 +55,12 @@ def console() -> None:
     with preemption.leaving() if recipe else contextlib.nullcontext():
         try:
             status = main(sys.argv)
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
             status = 1  # and out at once: Python's own way out would wait for other hosts, which wait for this one
+            if "jaxrlhf.hosts" in sys.modules and (missing := sys.modules["jaxrlhf.hosts"].gone(error)):
+                print(f"error: {missing}", file=sys.stderr)
+            else:
+                traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -77,7 +80,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     except Stopped as stopped:
+        from jaxrlhf import preemption
+
         say(str(stopped))
+        return preemption.status()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 1
@@ -256,8 +262,8 @@ def _run_in(kept: Workdir, command: str, experiment: Experiment) -> None:
     workdir = kept.local
     unclaimed = hosts.decided(lambda: claim(workdir, experiment))
     kept.send()
-    if kept.remote is None and not (workdir / "config.json").exists():
-        raise UserError(f"--workdir={workdir}: this host does not see what host 0 wrote; name a folder that all share")
+    if kept.remote is None:
+        hosts.shared(workdir / "config.json")
     stages = experiment.stages if command == "run" else (command,)
     from jaxrlhf import stages as runner
 

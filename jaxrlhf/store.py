@@ -7,6 +7,7 @@ of its own, which lasts as long as the command; host 0 sends what changed, the o
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ def opened(place: str) -> Iterator[Workdir]:
     if "://" not in place:
         yield Workdir(Path(place))
         return
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
     with tempfile.TemporaryDirectory(prefix="jaxrlhf-") as folder:
         found = Workdir(Path(folder), epath.Path(place.removeprefix("file://")))
         found.fetch()
@@ -103,7 +105,7 @@ def _told(place: epath.Path) -> Iterator[None]:
         yield
     except ImportError as error:
         raise UserError(f"--workdir={place}: {_line(error)}; gs:// takes `pip install 'jaxrlhf[gs]'`") from None
-    except OSError as error:
+    except Exception as error:  # of the store's library, that of its credentials, or that of its connections
         raise Failure(f"{place}: cannot be read or written ({_line(error)}); the same command goes on") from None
 
 

@@ -4,8 +4,8 @@ r"""One command as several processes on this machine, which find each other as h
         jaxrlhf run --config=configs/quickstart.py --workdir=runs/two
 
 Each process has so many simulated CPU devices, unless JAX_PLATFORMS names another platform. What process 0 says is
-passed on; of another one, its last lines, if it is the first to fail. Ctrl-C and SIGTERM go to all. When one fails, the
-others are ended, and its exit status is this one's.
+passed on; of another one, its last lines, if it fails first and process 0 not likewise. Ctrl-C and SIGTERM go to all.
+When one fails, the others are ended, and its exit status is this one's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import IO
 
 TAIL = 30  # lines
-GRACE = 5.0  # seconds that the others have to end as well, for a mistake that is everybody's
+GRACE = 15.0  # seconds that the others have to end as well, or to say who is missing
 
 
 def main(argv: list[str]) -> int:
@@ -43,13 +44,15 @@ def main(argv: list[str]) -> int:
         failed = _wait(processes)
         if failed is None:
             return 0
-        if failed > 0:
+        status = processes[failed].returncode
+        if processes[0].returncode != status:
             _tell(failed, logs[failed - 1])
-    status = processes[failed].returncode
+        if status < 0:
+            print(f"[process {failed}] ended by {signal.Signals(-status).name}", file=sys.stderr)
     return status if status > 0 else 128 - status
 
 
-def _start(command: list[str], count: int, devices: int, logs: list[IO[bytes]]) -> list[subprocess.Popen]:
+def _start(command: list[str], count: int, devices: int, logs: Sequence[IO[bytes]]) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

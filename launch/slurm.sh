@@ -5,7 +5,8 @@
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh run --config=configs/tldr.py:llama-7b --workdir=/shared/tldr
 #   launch/slurm.sh --dry-run run --config=…      prints the command that a job would run, and runs nothing
 #
-# A job that is preempted gets SIGTERM two minutes ahead, saves within a step, and is queued again into the same workdir.
+# Two minutes before the time limit, and where a partition gives preempted jobs a GraceTime, a job gets SIGTERM: it saves
+# within a step and is queued again, into the same workdir. So is one that loses a node.
 # Environment: JAXRLHF_VENV, the virtual environment (default .venv of this checkout).
 #SBATCH --job-name=jaxrlhf
 #SBATCH --requeue
@@ -26,9 +27,15 @@ fi
 checkout=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
 line=(srun --kill-on-bad-exit=1 --label "${JAXRLHF_VENV:-$checkout/.venv}/bin/jaxrlhf" "$@")
 if [ -n "$dry" ]; then
+  printf 'JAXRLHF_RESTARTS=1 '
   printf '%q ' "${line[@]}"
   printf '\n'
-else
-  cd "$checkout"
-  exec "${line[@]}"
+  exit
 fi
+cd "$checkout"
+export JAXRLHF_RESTARTS=1 # a command that was stopped and saved ends with status 75
+trap : TERM               # the tasks hear it themselves
+status=0
+"${line[@]}" || status=$?
+[ "$status" != 75 ] || scontrol requeue "$SLURM_JOB_ID"
+exit "$status"

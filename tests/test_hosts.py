@@ -136,8 +136,9 @@ def test_four_processes_are_one_run(one, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_as_two_it_ends_as_one(one, tmp_path, number):
-    """Asked to stop, or one of the two killed, which ends the other."""
+def test_stopped_as_two_it_ends_as_one(one, tmp_path, number, monkeypatch):
+    """Asked to stop, for a launcher that starts it again, or one of the two killed, which ends the other."""
+    monkeypatch.setenv("JAXRLHF_RESTARTS", "1")
     workdir = tmp_path / "run"
     going = subprocess.Popen(local(2, *command(workdir)), stderr=subprocess.PIPE, text=True)
     metrics = workdir / "ppo" / "metrics.jsonl"
@@ -149,8 +150,10 @@ def test_stopped_as_two_it_ends_as_one(one, tmp_path, number):
         processes = Path(f"/proc/{going.pid}/task/{going.pid}/children").read_text().split()
         os.kill(int(processes[1]), number)
     said = going.communicate(timeout=120)[1]
-    assert going.returncode == (0 if number == signal.SIGTERM else 128 + number), said
-    assert ("the same command goes on" in said) == (number == signal.SIGTERM)
+    assert going.returncode == (os.EX_TEMPFAIL if number == signal.SIGTERM else 128 + number), said
+    assert said.count("the same command goes on") == 1
+    assert ("error: after 5 s process 1 of 0 to 1 is missing" in said) == (number == signal.SIGKILL)
+    assert "Traceback" not in said
     assert not (workdir / "samples").exists()
     finish(command(workdir))
     same_run(workdir, one)
@@ -180,24 +183,29 @@ def test_a_mistake_is_everybodys(tmp_path):
 
 @pytest.fixture(scope="module")
 def agreed(tmp_path_factory):
-    """What each of two processes with two devices found; process 1 did not come to the last step in time."""
+    """What each of two processes with two devices found, and said when process 1 was killed at the end.
+
+    Process 1 did not come to the last step in time.
+    """
     folder = tmp_path_factory.mktemp("agreed")
-    finish(local(2, sys.executable, Path(__file__).with_name("hosts_program.py"), folder, "1.5", devices=2))
-    return [json.loads((folder / f"{i}.json").read_text()) for i in range(2)]
+    argv = local(2, sys.executable, Path(__file__).with_name("hosts_program.py"), folder, "1.5", devices=2)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 128 + signal.SIGKILL, done.stderr[-3000:]
+    return [json.loads((folder / f"{i}.json").read_text()) for i in range(2)], done
 
 
 def test_a_process_makes_the_rows_of_its_own_devices(agreed):
     """Of 8 or 16 or 32 rows, for every mesh; and together they are the batch that one process makes."""
     whole = {"sft": 8, "prompts": 8, "pairs": 16, "joined": 32}
-    for found in agreed:
+    for found in agreed[0]:
         for mesh, rows in found["rows"].items():
             share = 1 if mesh == "(1, 1, 4)" else 2  # there each device has every row
             assert rows == {name: [count // share, True] for name, count in whole.items()}, mesh
 
 
 def test_host_0_decides_and_writes(agreed):
-    assert [f["writes"] for f in agreed] == [True, False]
-    for found in agreed:
+    assert [f["writes"] for f in agreed[0]] == [True, False]
+    for found in agreed[0]:
         assert found["decided"] == '{"seen by": 0}'
         assert found["user"] == "UserError: config.x=1: must be 2"
         assert found["failure"] == "Failure: the disk is full"
@@ -207,8 +215,16 @@ def test_host_0_decides_and_writes(agreed):
 
 
 def test_a_barrier_names_who_is_missing(agreed):
-    assert agreed[0]["missing"] == "the last step: after 1.5 s process 1 of 0 to 1 is missing; its log may say why"
-    assert agreed[1]["missing"] == "the last step: after 1.5 s this process is too late"
+    first, second = agreed[0]
+    assert first["missing"] == "the last step: after 1.5 s process 1 of 0 to 1 is missing; its log may say why"
+    assert second["missing"] == "the last step: after 1.5 s this process is too late"
+
+
+def test_who_is_killed_is_named(agreed):
+    """By the other process, when it misses its rows, and by what started both."""
+    last = agreed[1].stdout.splitlines()[-1]
+    assert last == "|after 5 s process 1 of 0 to 1 is missing; its log may say why; the same command goes on"
+    assert "[process 1] ended by SIGKILL\n" in agreed[1].stderr
 
 
 def test_batches_are_those_of_grain():

@@ -1,5 +1,6 @@
 """The launch scripts, by their dry runs: what they would do, word by word."""
 
+import os
 import shlex
 import shutil
 import string
@@ -14,8 +15,22 @@ SLICE = ("--name=rlhf", "--zone=us-west4-a", "--type=v5litepod-64", "--dry-run")
 COMMAND = ("run", "--config=configs/tldr.py:llama-7b,full", "--workdir=gs://b/tldr", "--config.name=it's $HOME")
 
 
-def script(name, *words):
-    return subprocess.run([LAUNCH / name, *words], capture_output=True, text=True, check=False)
+def script(name, *words, env=None):
+    return subprocess.run([LAUNCH / name, *words], capture_output=True, text=True, check=False, env=env)
+
+
+def stand_ins(folder, **programs):
+    """An environment in which these programs come first; each writes down how it was called."""
+    (folder / "bin").mkdir()
+    for name, body in programs.items():
+        path = folder / "bin" / name
+        path.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "{name} $*" >>{folder}/said\n{body}\n')
+        path.chmod(0o755)
+    return os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def said(folder):
+    return (folder / "said").read_text().splitlines()
 
 
 def test_shellcheck_has_nothing_to_say():
@@ -42,7 +57,12 @@ def test_a_tpu_slice_is_made_set_up_and_run():
     assert {"--spot", "--accelerator-type=v5litepod-64", "--node-id=rlhf"} <= set(lines[0])
     remote = next(w for w in lines[4] if w.startswith("--command=")).removeprefix("--command=")
     # The remote shell gets the words that were given here, whatever is in them.
-    assert shlex.split(remote.split("&& ", 1)[1]) == ["JAXRLHF_HOSTS=auto", ".venv/bin/jaxrlhf", *COMMAND]
+    assert shlex.split(remote.split("&& ", 1)[1]) == [
+        "JAXRLHF_HOSTS=auto",
+        "JAXRLHF_RESTARTS=1",
+        ".venv/bin/jaxrlhf",
+        *COMMAND,
+    ]
     plain = script("tpu_pod.sh", *SLICE, "--", *COMMAND).stdout
     assert "tpu-vm create rlhf" in plain
     assert "delete" not in plain
@@ -71,12 +91,60 @@ def test_a_mistake_is_named_in_one_line(words, names):
 def test_slurm_runs_the_command_in_every_task():
     found = script("slurm.sh", "--dry-run", *COMMAND)
     line = shlex.split(found.stdout)
-    assert line[0] == "srun"
+    assert line[:2] == ["JAXRLHF_RESTARTS=1", "srun"]
     assert line[-len(COMMAND) :] == list(COMMAND)
     assert line[-len(COMMAND) - 1].endswith("/bin/jaxrlhf")
     directives = [w for w in (LAUNCH / "slurm.sh").read_text().splitlines() if w.startswith("#SBATCH")]
     assert {"#SBATCH --requeue", "#SBATCH --signal=TERM@120"} <= set(directives)
     assert script("slurm.sh").returncode == 2
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])
+def test_a_slurm_job_that_was_stopped_is_queued_again(tmp_path, status, requeued):
+    env = stand_ins(tmp_path, srun=f'[ "$JAXRLHF_RESTARTS" = 1 ] && exit {status}', scontrol=":")
+    env |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17"}
+    assert script("slurm.sh", *COMMAND, env=env).returncode == status
+    assert ("scontrol requeue 17" in said(tmp_path)) == requeued
+
+
+# A slice that is taken away in its first run: afterwards it, and what asked for it, are as `then` says.
+GCLOUD = """
+state=$(cat {0}/state) asked=$(cat {0}/asked)
+case "$*" in
+  *"tpu-vm describe"*) [ "$state" != ABSENT ] && echo "$state" ;;
+  *"queued-resources describe"*) [ "$asked" != ABSENT ] && echo "$asked" ;;
+  *"queued-resources create"*) [ "$asked" = ABSENT ] && echo ACTIVE >{0}/asked && echo READY >{0}/state ;;
+  *"tpu-vm create"*) [ "$state" = ABSENT ] && echo READY >{0}/state ;;
+  *" delete "*) echo ABSENT >{0}/state && echo ABSENT >{0}/asked ;;
+  *bin/jaxrlhf*) [ -e {0}/ran ] || {{ touch {0}/ran && {1} && exit 255; }} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--queued", "--spot")])
+@pytest.mark.parametrize("left", ["ABSENT", "PREEMPTED"])
+def test_a_slice_that_is_taken_away_is_made_anew(tmp_path, flags, left):
+    then = f"echo {left} >{tmp_path}/state && echo SUSPENDED >{tmp_path}/asked"
+    env = stand_ins(tmp_path, gcloud=GCLOUD.format(tmp_path, then), sleep=":")
+    for name in ("state", "asked"):
+        (tmp_path / name).write_text("ABSENT\n")
+    words = [w for w in SLICE if w != "--dry-run"]
+    found = script("tpu_pod.sh", *words, *flags, "--", *COMMAND, env=env)
+    assert found.returncode == 0, found.stderr
+    assert "taken away (1 of 20 tries)" in found.stderr
+    told = said(tmp_path)
+    assert len([line for line in told if ".venv/bin/jaxrlhf" in line]) == 2
+    assert len([line for line in told if " create " in line]) == 2
+
+
+def test_a_command_that_fails_on_a_slice_that_stays_is_not_tried_again(tmp_path):
+    env = stand_ins(tmp_path, gcloud=GCLOUD.format(tmp_path, "true"), sleep=":")
+    for name in ("state", "asked"):
+        (tmp_path / name).write_text("READY\n")
+    found = script("tpu_pod.sh", *[w for w in SLICE if w != "--dry-run"], "--", *COMMAND, env=env)
+    assert found.returncode == 255
+    assert "failed on a slice that is still there" in found.stderr
+    assert not [line for line in said(tmp_path) if " create " in line or " delete " in line]
 
 
 def test_the_jobset_is_whole():
@@ -85,9 +153,6 @@ def test_the_jobset_is_whole():
         "IMAGE": "r/p/jaxrlhf:1",
         "HOSTS": "8",
         "CHIPS": "8",
-        "ACCELERATOR": "tpu-v5-lite-podslice",
-    }
-    names |= {
         "ACCELERATOR": "tpu-v5-lite-podslice",
         "TOPOLOGY": "8x8",
         "CONFIG": "configs/tldr.py:llama-7b",
@@ -100,5 +165,8 @@ def test_the_jobset_is_whole():
     assert (found["kind"], job["parallelism"], job["completions"]) == ("JobSet", 8, 8)
     container = job["template"]["spec"]["containers"][0]
     assert container["command"] == ["jaxrlhf", "run", "--config=configs/tldr.py:llama-7b", "--workdir=gs://b/tldr"]
-    assert container["env"] == [{"name": "JAXRLHF_HOSTS", "value": "auto"}]
+    assert container["env"] == [
+        {"name": "JAXRLHF_HOSTS", "value": "auto"},
+        {"name": "JAXRLHF_RESTARTS", "value": "1"},
+    ]
     assert container["resources"]["limits"] == {"google.com/tpu": 8}
