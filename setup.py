@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `plan`, `sentencepiece`, `test`, `parity`."""
+"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `gs`, `plan`, `sentencepiece`, `test`, `parity`."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ setup(
     install_requires=[
         "absl-py",
         "array_record",
+        "etils[epath]",
         "flax>=0.12",
         "grain>=0.2.18",
         "huggingface_hub",
@@ -45,6 +46,7 @@ setup(
         # The compiler for TPUs, half a gigabyte, for `jaxrlhf plan` where there is none. In an environment of its own:
         # where JAX_PLATFORMS is unset, every JAX process loads it and takes its lock.
         "plan": ["libtpu"],
+        "gs": ["gcsfs"],  # for workdirs in buckets
         "sentencepiece": ["sentencepiece"],  # for imported models that have a tokenizer.model and no tokenizer.json
         "test": [
             *("ipykernel", "nbclient", "playwright", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"),

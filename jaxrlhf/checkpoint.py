@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,17 +16,21 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from jaxrlhf import hosts
 from jaxrlhf.claim import changes
-from jaxrlhf.files import Failure, UserError, write_text
+from jaxrlhf.files import Failure, UserError, write_text, writes
 from jaxrlhf.logs import say
+from jaxrlhf.store import files
 from jaxrlhf.types import TrainState
 
+AnyPath = Path | epath.Path
 SEAL = "SHA256SUMS"  # `sha256sum -c STEP/SHA256SUMS` in the folder of checkpoints reads it
 
 
 @contextlib.contextmanager
-def saver(directory: Path, keep: int, meta: Mapping[str, Any]) -> Iterator[Callable[[TrainState], None]]:
+def saver(directory: AnyPath, keep: int, meta: Mapping[str, Any]) -> Iterator[Callable[[TrainState], None]]:
     """A function that saves a state as step `state.step`, in the background; all is saved when the context ends.
 
     The newest `keep` sealed steps stay: an older one goes only when the newest is sealed.
@@ -35,7 +38,7 @@ def saver(directory: Path, keep: int, meta: Mapping[str, Any]) -> Iterator[Calla
     pending: list[Future] = []
     # Orbax fails in a background thread on a relative path.
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, cleanup_tmp_directories=True)
-    with ocp.CheckpointManager(directory.absolute(), options=options) as manager, ThreadPoolExecutor(1) as worker:
+    with ocp.CheckpointManager(_absolute(directory), options=options) as manager, ThreadPoolExecutor(1) as worker:
 
         def settle() -> None:
             while pending:
@@ -57,30 +60,35 @@ def saver(directory: Path, keep: int, meta: Mapping[str, Any]) -> Iterator[Calla
         _prune(directory, keep)  # what an earlier process was killed in the middle of removing
 
 
-def restore(directory: Path, like: TrainState, meta: Mapping[str, Any]) -> TrainState | None:
+def restore(directory: AnyPath, like: TrainState, meta: Mapping[str, Any]) -> TrainState | None:
     """The newest undamaged state, laid out as `like` on any mesh, or None; damaged steps after it are removed.
 
     Raises:
       UserError: it belongs to another config, trunk or tokenizer; says what differs.
     """
+    if (step := hosts.decided(lambda: _newest(directory))) is None:
+        return None
+    items = _read(directory, step, meta, {"params": like.params, "rest": _rest(like)})
+    return like.replace(params=items["params"], **items["rest"])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _newest(directory: AnyPath) -> int | None:
     for step in _steps(directory):
-        if wrong := damage(directory, step):
-            say(f"{directory / str(step)}: {wrong}; removed, to go on from the checkpoint before it")
-            shutil.rmtree(directory / str(step))
-            continue
-        items = _read(directory, step, meta, {"params": like.params, "rest": _rest(like)})
-        return like.replace(params=items["params"], **items["rest"])  # pyright: ignore[reportAttributeAccessIssue]
+        if not (wrong := damage(directory, step)):
+            return step
+        say(f"{directory / str(step)}: {wrong}; removed, to go on from the checkpoint before it")
+        epath.Path(directory / str(step)).rmtree()
     return None
 
 
-def load_params(directory: Path, step: int, like: Any, meta: Mapping[str, Any]) -> Any:
+def load_params(directory: AnyPath, step: int, like: Any, meta: Mapping[str, Any]) -> Any:
     """What a finished stage trained, laid out as `like`: that of its last step, and of no other.
 
     Raises:
       Failure: it is not there or damaged; says how to make it again.
       UserError: it belongs to another config, trunk or tokenizer.
     """
-    if wrong := damage(directory, step):
+    if wrong := hosts.decided(lambda: damage(directory, step)):
         stage = directory.parent.name
         raise Failure(
             f"{directory / str(step)}: {wrong}; `jaxrlhf {stage}` with this config and workdir makes it again"
@@ -88,7 +96,7 @@ def load_params(directory: Path, step: int, like: Any, meta: Mapping[str, Any]) 
     return _read(directory, step, meta, {"params": like})["params"]
 
 
-def damage(directory: Path, step: int) -> str:
+def damage(directory: AnyPath, step: int) -> str:
     """What is wrong with a step's files; "" where they are, byte for byte, those that were sealed."""
     folder = directory / str(step)
     if not (folder / SEAL).is_file():
@@ -105,48 +113,61 @@ def damage(directory: Path, step: int) -> str:
 
 def _seal(manager: ocp.CheckpointManager, step: int, keep: int) -> None:
     manager.wait_until_finished()
-    folder = Path(manager.directory) / str(step)
-    if jax.process_index() == 0:
+    folder = epath.Path(manager.directory) / str(step)
+    if writes():
         write_text(folder / SEAL, _sums(folder))
     _prune(folder.parent, keep)
 
 
-def _prune(directory: Path, keep: int) -> None:
-    if jax.process_index() == 0:
+def _prune(directory: AnyPath, keep: int) -> None:
+    if writes():
         for old in _steps(directory)[keep:]:
-            shutil.rmtree(directory / str(old))
+            epath.Path(directory / str(old)).rmtree()
 
 
-def _sums(folder: Path) -> str:
+def _sums(folder: AnyPath) -> str:
     """A line for each file but the seal, as `sha256sum` writes it; paths begin with the step, which is thus sealed."""
-    paths = sorted(p for p in folder.rglob("*") if p.name != SEAL and not p.is_dir())
     lines = []
-    for path in paths:
+    for path in sorted(p for p in files(epath.Path(folder)) if p.name != SEAL):
         with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder.parent)}\n")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+            lines.append(f"{digest}  {path.relative_to(folder.parent)}\n")
     return "".join(lines)
 
 
-def _steps(directory: Path) -> list[int]:
+def _absolute(directory: AnyPath) -> AnyPath:
+    return directory if "://" in str(directory) else directory.absolute()
+
+
+def _steps(directory: AnyPath) -> list[int]:
     """Steps that have a folder, newest first."""
     return sorted((int(p.name) for p in directory.glob("*") if p.is_dir() and p.name.isdecimal()), reverse=True)
 
 
-def _read(directory: Path, step: int, meta: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
-    options = ocp.CheckpointManagerOptions(create=False)  # read_only=True would put three warnings on the terminal
+def _read(directory: AnyPath, step: int, meta: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
+    # read_only=True would put three warnings on the terminal.
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=_readers())
     # Without a limit all leaves are on their way at once, each held twice. It must exceed the largest one.
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(items))
     handlers: dict[str, Any] = {"meta": ocp.JsonCheckpointHandler()}
     for name in items:
         handlers[name] = ocp.StandardCheckpointHandler(restore_concurrent_gb=(largest + 1_000_000) / 1e9)  # pyright: ignore[reportArgumentType]
-    with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers) as manager:
+    with ocp.CheckpointManager(_absolute(directory), options=options, item_handlers=handlers) as manager:
         found = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         check_meta(directory, found, meta)
         targets = {k: ocp.args.StandardRestore(abstract(v)) for k, v in items.items()}  # pyright: ignore[reportCallIssue]
         return manager.restore(step, args=ocp.args.Composite(**targets))
 
 
-def check_meta(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _readers() -> ocp.options.MultiprocessingOptions:
+    """All hosts, or this one where it works alone, which must not wait for the others."""
+    if jax.process_count() == 1 or hosts.together():
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="alone")
+
+
+def check_meta(directory: AnyPath, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """`UserError` that says what differs, if a checkpoint was made for another config, trunk or tokenizer."""
     for change in changes(dict(found), dict(wanted), "meta"):
         raise UserError(

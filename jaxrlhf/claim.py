@@ -13,13 +13,17 @@ from jaxrlhf.config import Experiment
 from jaxrlhf.files import UserError, read_json, write_json
 
 
-def claim(workdir: Path, experiment: Experiment) -> None:
-    """Writes the resolved config, or makes sure that the workdir belongs to one that differs in nothing that binds."""
+def claim(workdir: Path, experiment: Experiment) -> bool:
+    """Writes the resolved config, or makes sure that the workdir belongs to one that differs in nothing that binds.
+
+    Returns whether the workdir was free.
+    """
     path, resolved = workdir / "config.json", _resolved(experiment)
-    if path.exists():
+    if not (free := not path.exists()):
         for change in changes(binding(read_json(path)), binding(resolved)):
             raise UserError(f"{workdir} belongs to another config ({change}); take another --workdir")
     write_json(path, resolved)
+    return free
 
 
 def binding(resolved: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf import names, policies, scoring
+from jaxrlhf import hosts, names, policies, scoring
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, write_json, write_records
@@ -28,7 +28,8 @@ def sample(run: Run) -> None:
     for i, (split, records) in enumerate(run.task.splits.items()):
         paths = {p: folder / p / f"{split}.jsonl" for p in names.POLICIES}
         references = _references(run, reward, records)
-        if not (paths["sft"].exists() and paths["bon"].exists()):
+        there = hosts.decided(lambda paths=paths: [p for p, path in paths.items() if path.exists()])
+        if not {"sft", "bon"} <= set(there):
             pool = _respond(run, "sft", policy("sft"), reward, records, c.pool, i)
             first_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
             assert pool.scores_BN is not None
@@ -36,7 +37,7 @@ def sample(run: Run) -> None:
             best_BN = policies.best_of_n(pool.scores_BN, c.best_of, c.samples_per_prompt, rng)
             write_records(paths["sft"], _rows(run, records, references, pool, first_BN))
             write_records(paths["bon"], _rows(run, records, references, pool, best_BN))
-        for name in (p for p in ("ppo", *names.METHODS) if p in run.config.stages and not paths[p].exists()):
+        for name in (p for p in ("ppo", *names.METHODS) if p in run.config.stages and p not in there):
             drawn = _respond(run, name, policy(name), reward, records, c.samples_per_prompt, i)
             every_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
             write_records(paths[name], _rows(run, records, references, drawn, every_BN))

@@ -74,7 +74,7 @@ def implicit_rewards(run: Run, ref: Top, top: Top, records: Sequence, field: str
     examples = [r | {"response": r[field], "response_finished": r.get(f"{field}_finished", "1")} for r in records]
     for batch, valid in batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths):
         placed = sharding.shard_batch(batch, run.mesh)
-        found.append(np.asarray(_log_ratio(run.arch, run.base[0], ref, top, placed))[:valid])
+        found.append(sharding.to_host(_log_ratio(run.arch, run.base[0], ref, top, placed))[:valid])
     return run.config.dpo.beta * np.concatenate(found)
 
 
@@ -93,11 +93,12 @@ def dpo(run: Run) -> None:
         stage="dpo",
         title=run.title,
         directory=run.directory("dpo"),
+        remote=run.remote,
         loop=c.loop,
         state=optim.new_state(tx, ref, run.mesh),
         meta=run.meta("dpo"),
         step=lambda state, i: step(
-            run.arch, tx, c, state, frozen, ref, sharding.shard_batch(train_batches[i], run.mesh)
+            run.arch, tx, c, state, frozen, ref, sharding.shard_step(train_batches, i, run.mesh)
         ),
         ids=lambda i: batches.ids(pairs["train"], batch_size=c.batch_size, seed=run.seed("dpo"))[i],
         evaluate=lambda state: {

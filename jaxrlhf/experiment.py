@@ -12,12 +12,13 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import checkpoint, model, sharding, weights
+from jaxrlhf import checkpoint, hosts, model, sharding, weights
 from jaxrlhf.claim import bound
 from jaxrlhf.config import Experiment
 from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
 from jaxrlhf.split import take_apart, tree_hash
+from jaxrlhf.store import Workdir
 from jaxrlhf.types import ActorCritic, Ensemble, Frozen, Params, ScalarHead, Scorer, Top
 
 ASSETS = Path(__file__).parent / "assets"
@@ -38,6 +39,7 @@ class Run:
     workdir: Path
     task: Task
     title: str  # of the stage under way, as progress shows it
+    remote: Workdir | None = None  # where the workdir stands for a place in an object store
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -109,8 +111,7 @@ class Run:
         else:
             members = sharding.place(jax.tree.map(lambda x: jnp.stack([x] * size), alone), self.mesh)
             trained = self.load("reward", Ensemble(members=members, combine="mean", uncertainty_coef=0.0))
-        found = read_json(self.directory("reward") / "summary.json")
-        return self.normalised(trained, found["normalisation"])
+        return self.normalised(trained, self.summary("reward")["normalisation"])
 
     def normalised(self, trained: Scorer | Ensemble, found: Mapping[str, Any]) -> Scorer | Ensemble:
         """The reward model less its mean, over its standard deviation; an ensemble as `config.reward` combines it."""
@@ -132,12 +133,17 @@ class Run:
         """What a finished stage trained."""
         if not self.finished(stage):
             raise UserError(f"{self.workdir}: stage {stage!r} is not finished; run `jaxrlhf {stage}` first")
-        steps = read_json(self.directory(stage) / "summary.json")["steps"]
-        return checkpoint.load_params(self.directory(stage) / "checkpoints", steps, like, self.meta(stage))
+        steps = self.summary(stage)["steps"]
+        kept = self.remote or Workdir(self.workdir)
+        return checkpoint.load_params(kept.checkpoints(stage), steps, like, self.meta(stage))
 
     def finished(self, stage: str) -> bool:
         """Whether a stage has written its summary, which it does last."""
-        return (self.directory(stage) / "summary.json").exists()
+        return hosts.decided((self.directory(stage) / "summary.json").exists)
+
+    def summary(self, stage: str) -> dict[str, Any]:
+        """A finished stage's final numbers."""
+        return hosts.decided(lambda: read_json(self.directory(stage) / "summary.json"))
 
     def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
         """Marks a stage as complete, with its final numbers."""

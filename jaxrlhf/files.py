@@ -9,9 +9,16 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes files and speaks: host 0 of several, or the only one."""
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 class UserError(Exception):
@@ -91,7 +98,12 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Mapping[str, A
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` whole or not at all: to a file beside it, then renamed."""
+    """Writes `text` whole or not at all: to a file beside it, then renamed. Of several hosts, host 0 alone does."""
+    if not writes():
+        return
+    if "://" in str(path):  # in an object store, where a file appears whole
+        path.write_text(text, encoding="utf-8")  # pyright: ignore[reportAttributeAccessIssue]
+        return
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -13,12 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxrlhf.files import write_text
+from jaxrlhf.files import write_text, writes
 
 
 def say(line: str) -> None:
     """One line of progress to standard error, above any bar."""
-    tqdm.write(line, file=sys.stderr)
+    if writes():
+        tqdm.write(line, file=sys.stderr)
 
 
 def progress(title: str, total: int, done: int = 0, delay: float = 0.0, unit: str = "") -> tqdm:
@@ -40,6 +41,7 @@ def progress(title: str, total: int, done: int = 0, delay: float = 0.0, unit: st
         ncols=None if terminal else 100,
         unit=f" {unit}" if unit else "it",
         unit_scale=bool(unit),
+        disable=not writes(),
     )
 
 
@@ -56,7 +58,10 @@ class _Lines(io.TextIOBase):
 
 
 class Log:
-    """A stage's metrics.jsonl, timings.jsonl and TensorBoard events; a resumed one forgets steps that were lost."""
+    """A stage's metrics.jsonl, timings.jsonl and TensorBoard events; a resumed one forgets steps that were lost.
+
+    Of several hosts, host 0 alone writes them.
+    """
 
     def __init__(self, directory: Path, step: int):
         # Imported here: the half that only measures has no use for it.
@@ -66,7 +71,7 @@ class Log:
         self._metrics, self._timings = directory / "metrics.jsonl", directory / "timings.jsonl"
         for path in (self._metrics, self._timings):
             _forget_after(path, step)
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, write_to_disk=writes())
 
     def metrics(self, step: int, values: Mapping[str, float | Sequence[str]]) -> None:
         """Appends one line; a number that is not finite is left out rather than written as invalid JSON."""
@@ -87,6 +92,8 @@ class Log:
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
+    if not writes():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import checkpoint, optim, preemption
+from jaxrlhf import checkpoint, hosts, optim, preemption
 from jaxrlhf.config import Loop
 from jaxrlhf.files import Failure, Stopped
 from jaxrlhf.logs import Log, progress, say
+from jaxrlhf.store import CHECKPOINTS, Workdir
 from jaxrlhf.types import TrainState
 
 Metrics = Mapping[str, jax.Array | float]
@@ -32,18 +33,19 @@ def run(
     step: Callable[[TrainState, int], tuple[TrainState, Metrics]],
     ids: Callable[[int], Sequence[str]],
     evaluate: Callable[[TrainState], Metrics] | None = None,
+    remote: Workdir | None = None,
 ) -> TrainState:
     """Runs `loop.steps` steps from the newest checkpoint in `directory`, or from `state`; returns the last state.
 
     `step(state, i)` must be a function of its arguments alone (its batch and key follow from i), which makes a resumed
     run equal to an uninterrupted one; its metrics hold `optim.left_out`. `ids(i)` names the examples of its batch.
-    Metrics are logged as `<stage>/<name>`.
+    Metrics are logged as `<stage>/<name>`. Checkpoints lie in `remote`, where there is one.
 
     Raises:
       Stopped: somebody asked to stop; the step under way was finished and saved.
       Failure: `optim.IN_A_ROW` updates in a row were not finite; what was saved is from before them.
     """
-    checkpoints = directory / "checkpoints"
+    checkpoints = remote.checkpoints(stage) if remote else directory / CHECKPOINTS
     restored = checkpoint.restore(checkpoints, state, meta)
     state = state if restored is None else restored
     start, skipped = int(state.step), int(state.skipped)
@@ -81,11 +83,14 @@ def run(
                     raise Failure(_hopeless(stage, at, directory))
             unread = [] if logged or saved else unread[-1:]
             if saved:
+                if remote:
+                    remote.send()  # before the checkpoint: a resumed run has the metrics up to it
                 save(state)
             bar.update()
             if stop:
                 break
     if stop:
+        hosts.barrier("the last save")  # a launcher ends all when the first one ends
         raise Stopped(f"stopped at step {int(state.step)} of {loop.steps} of {stage}, saved; the same command goes on")
     return state
 

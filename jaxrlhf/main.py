@@ -6,14 +6,19 @@ import contextlib
 import dataclasses
 import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from jaxrlhf.files import Failure, Stopped, UserError
+from jaxrlhf.files import Failure, Stopped, UserError, writes
 from jaxrlhf.logs import say
 from jaxrlhf.names import METHODS, STAGES
+
+if TYPE_CHECKING:
+    from jaxrlhf.config import Experiment
+    from jaxrlhf.store import Workdir
 
 USAGE = """jaxrlhf COMMAND [flags]
 
@@ -52,7 +57,14 @@ def console() -> None:
 
     recipe = len(sys.argv) > 1 and sys.argv[1] in ("run", *STAGES) and _has(sys.argv, "config")
     with preemption.leaving() if recipe else contextlib.nullcontext():
-        status = main(sys.argv)
+        try:
+            status = main(sys.argv)
+        except Exception as error:
+            status = 1  # and out at once: Python's own way out would wait for other hosts, which wait for this one
+            if "jaxrlhf.hosts" in sys.modules and (missing := sys.modules["jaxrlhf.hosts"].gone(error)):
+                print(f"error: {missing}", file=sys.stderr)
+            else:
+                traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -72,7 +84,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        from jaxrlhf import preemption
+
+        say(str(stopped))
+        return preemption.status()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 1
@@ -124,6 +139,10 @@ def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
         raise UserError(f"{extra[0]!r}: not a flag; see `jaxrlhf --help`")
     if not values["workdir"].value:
         raise UserError("--workdir=FOLDER is missing: where results go, for example --workdir=runs/mine")
+    if "://" in values["workdir"].value:
+        if "config" not in values:
+            raise UserError("--workdir=URL goes with --config=RECIPE; for this command copy the workdir to a folder")
+        return
     workdir = Path(str(values["workdir"].value))
     for place in (workdir, *workdir.parents):
         if place.exists() and not place.is_dir():
@@ -251,7 +270,6 @@ def _plan(argv: list[str]) -> None:
 
 def _run_stages(command: str, argv: list[str]) -> None:
     from jaxrlhf import recipes
-    from jaxrlhf.claim import claim
     from jaxrlhf.config import with_base
 
     values = _values()
@@ -262,16 +280,28 @@ def _run_stages(command: str, argv: list[str]) -> None:
     experiment = recipes.resolve(parsed)
     if command in METHODS and command not in experiment.stages:
         raise UserError(f"config.methods={experiment.methods!r} does not name {command}; nothing would measure it")
-    workdir = Path(str(values["workdir"].value))
-    experiment = with_base(experiment, workdir)
-    unclaimed = not (workdir / "config.json").exists()
-    claim(workdir, experiment)
+    from jaxrlhf import hosts, store
+
+    hosts.start()
+    with store.opened(str(values["workdir"].value)) as kept:
+        _run_in(kept, command, with_base(experiment, kept.local))
+
+
+def _run_in(kept: Workdir, command: str, experiment: Experiment) -> None:
+    from jaxrlhf import hosts
+    from jaxrlhf.claim import claim
+
+    workdir = kept.local
+    unclaimed = hosts.decided(lambda: claim(workdir, experiment))
+    kept.send()
+    if kept.remote is None:
+        hosts.shared(workdir / "config.json")
     stages = experiment.stages if command == "run" else (command,)
     from jaxrlhf import stages as runner
 
     try:
-        runner.run_stages(experiment, workdir, stages, skip_finished=command == "run")
+        runner.run_stages(experiment, kept, stages, skip_finished=command == "run")
     except UserError:
-        if unclaimed and not any((workdir / s).exists() for s in (*STAGES, "samples")):
+        if unclaimed and writes() and not any((workdir / s).exists() for s in (*STAGES, "samples")):
             (workdir / "config.json").unlink()  # nothing was made yet: the corrected config may have the workdir
         raise

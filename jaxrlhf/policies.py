@@ -85,7 +85,7 @@ def respond(
             scores.append(scored.reshape(-1, samples, *scored.shape[1:]))
         decoded = decode(run, drawn.tokens_BR, drawn.mask_BR)[:rows]
         texts += [decoded[j : j + samples] for j in range(0, rows, samples)]
-        finished.append(np.asarray(drawn.finished_B)[:rows].reshape(-1, samples))
+        finished.append(sharding.to_host(drawn.finished_B)[:rows].reshape(-1, samples))
         bar.update(valid)
     bar.close()
     return Responses(texts, np.concatenate(finished), np.concatenate(scores) if scores else None)
@@ -97,15 +97,15 @@ def on_trunk(run: Run, scorer: Scorer | Ensemble) -> Score:
     def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
         token_MT = jnp.concatenate([jnp.repeat(prompts.tokens_BP, samples, 0), drawn.tokens_BR], 1)
         mask_MT = jnp.concatenate([jnp.repeat(prompts.mask_BP, samples, 0), drawn.mask_BR], 1)
-        return np.asarray(score(run.arch, run.base[0], scorer, token_MT, mask_MT))
+        return sharding.to_host(score(run.arch, run.base[0], scorer, token_MT, mask_MT))
 
     return score_drawn
 
 
 def decode(run: Run, token_BR: jax.Array, mask_BR: jax.Array) -> list[str]:
     """Responses as text, end-of-text and padding apart."""
-    lengths = np.asarray(mask_BR).sum(1).astype(int)
-    rows = [row[:n].tolist() for row, n in zip(np.asarray(token_BR), lengths, strict=True)]
+    lengths = sharding.to_host(mask_BR).sum(1).astype(int)
+    rows = [row[:n].tolist() for row, n in zip(sharding.to_host(token_BR), lengths, strict=True)]
     return [run.task.tokenizer.decode_response(row) for row in rows]
 
 

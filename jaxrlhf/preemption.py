@@ -12,14 +12,19 @@ from jaxrlhf.files import Stopped
 from jaxrlhf.logs import say
 
 
+def status() -> int:
+    """The exit status when all is saved: 0, or 75 for a launcher that starts the same command again, which says so."""
+    return os.EX_TEMPFAIL if "JAXRLHF_RESTARTS" in os.environ else 0
+
+
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Where no step is under way, Ctrl-C and SIGTERM end the process at once, with exit status 0.
+    """Where no step is under way, Ctrl-C and SIGTERM end the process at once, with `status()`.
 
     All that stages write is whole or not there, so that this loses nothing. An exception could: one raised within a
     callback of XLA's is printed and forgotten.
     """
-    with _heard((signal.SIGINT, signal.SIGTERM), lambda _: _leave(0, "stopped; the same command goes on")):
+    with _heard((signal.SIGINT, signal.SIGTERM), lambda _: _leave(status(), "stopped; the same command goes on")):
         yield
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import hub, loop, losses, model, optim, policies, scoring, sharding
+from jaxrlhf import hosts, hub, loop, losses, model, optim, policies, scoring, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
@@ -66,10 +66,12 @@ def reward(run: Run) -> None:
     pairs = preferences(run)
     check_pairs(run, pairs)
     seeds = [run.seed("reward"), *(run.seed(f"reward {e}") for e in range(1, c.ensemble))]
-    streams = [
-        batches.pair_batches(pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=seed, **run.lengths)
-        for seed in seeds
-    ]
+    streams = batches.Joined(
+        [
+            batches.pair_batches(pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=seed, **run.lengths)
+            for seed in seeds
+        ]
+    )
     ids = [batches.ids(pairs["train"], batch_size=c.batch_size, seed=seed) for seed in seeds]
     tx = optim.optimizer(c.optim, c.loop.steps)
     tx = tx if c.ensemble == 1 else optim.of_each(tx)
@@ -78,11 +80,12 @@ def reward(run: Run) -> None:
         stage="reward",
         title=run.title,
         directory=run.directory("reward"),
+        remote=run.remote,
         loop=c.loop,
         state=optim.new_state(tx, _start(run), run.mesh),
         meta=run.meta("reward"),
         step=lambda state, i: step(
-            run.arch, tx, state, frozen, sharding.shard_batch(_joined(streams, i), run.mesh), c.optim.accumulate
+            run.arch, tx, state, frozen, sharding.shard_step(streams, i, run.mesh), c.optim.accumulate
         ),
         ids=lambda i: [name for member in ids for name in member[i]],
         evaluate=lambda state: {
@@ -135,10 +138,6 @@ def _start(run: Run) -> Scorer | Ensemble:
         return Scorer(top=top, head=heads[0])
     members = jax.tree.map(lambda *x: jnp.stack(x), *(Scorer(top=top, head=h) for h in heads))
     return Ensemble(members=members, combine="mean", uncertainty_coef=0.0)
-
-
-def _joined(streams: Sequence[batches.Batches[PairBatch]], step: int) -> PairBatch:
-    return jax.tree.map(lambda *x: np.concatenate(x), *(stream[step] for stream in streams))
 
 
 def check_pairs(run: Run, pairs: Mapping[str, Sequence]) -> None:
@@ -213,9 +212,11 @@ def preferences(run: Run, train: bool = True) -> Mapping[str, Sequence]:
         path = folder / f"{split}.jsonl"
         if split == "train" and not train:
             continue
-        if not path.exists():
-            write_records(path, _compare(run, policy("sft"), split, records, i))
-        found[split] = read_records(path)
+        if hosts.decided(path.exists):
+            found[split] = read_records(path)
+        else:
+            found[split] = _compare(run, policy("sft"), split, records, i)
+            write_records(path, found[split])
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +180,7 @@ def train(
     )
 
     def step(state: TrainState, i: int) -> tuple[TrainState, dict]:
-        batch = cast(PromptBatch, sharding.shard_batch(prompts[i], run.mesh))
+        batch = sharding.shard_step(prompts, i, run.mesh)
         draw_key, update_key = jax.random.split(run.key(stage, i))
         top, frozen = policy(state.params), held.fixed.frozen
         drawn = sampling.sample(run.arch, gen, frozen, top, batch.tokens_BP, batch.mask_BP, draw_key, samples)
@@ -194,6 +194,7 @@ def train(
         stage=stage,
         title=run.title,
         directory=run.directory(stage),
+        remote=run.remote,
         loop=c.loop,
         state=state,
         meta=run.meta(stage),
@@ -223,5 +224,6 @@ def _gold(run: Run, batch: PromptBatch, drawn: Sample) -> dict[str, float]:
     if run.task.gold is None:
         return {}
     texts = policies.decode(run, drawn.tokens_BR, drawn.mask_BR)
-    rows = zip(np.asarray(batch.index_B).tolist(), texts, np.asarray(drawn.finished_B).tolist(), strict=True)
+    index_B, finished_B = (sharding.to_host(x).tolist() for x in (batch.index_B, drawn.finished_B))
+    rows = zip(index_B, texts, finished_B, strict=True)
     return {"gold": float(np.mean([run.task.gold(run.task.ppo_prompts[i]["facts"], t, f) for i, t, f in rows]))}

@@ -46,7 +46,7 @@ def of_run(run: Run) -> Reward:
         return run.scorer()
     if not run.finished("reward"):
         raise UserError(f"{run.workdir}: stage 'reward' is not finished; run `jaxrlhf reward` first")
-    found = read_json(run.directory("reward") / "summary.json")
+    found = run.summary("reward")
     directory = hub.directory_of(run.config.reward.init, "config.reward.init")
     if sha256(directory) != found["sha256"]:
         raise UserError(f"config.reward.init={run.config.reward.init!r}: not the model that stage 'reward' normalised")
@@ -90,7 +90,7 @@ def of_responses(run: Run, reward: Reward, records: Sequence, field: str) -> np.
             responses = np.asarray(batch.weight_BT) > 0
             asked, answered = (_rows(batch.tokens_BT, batch.mask_BT * w) for w in (~responses, responses))
             found = score_ids(reward, run.task.tokenizer, asked, answered, size)
-        scores.append(np.asarray(found)[:valid])
+        scores.append(sharding.to_host(found)[:valid] if isinstance(found, jax.Array) else found[:valid])
     return np.concatenate(scores)
 
 
@@ -130,7 +130,7 @@ def of_directory(directory: Path) -> RewardModel:
         )
     if not (directory / "reward" / "summary.json").exists():
         raise UserError(f"{directory}: stage 'reward' is not finished; run `jaxrlhf reward` there first")
-    config = configs.read(path)
+    config = replace(configs.read(path), mesh=configs.Mesh())  # its own was that of other devices
     run = Run(config, directory, task.Task(task.tokenizer(config, directory)), "")
     reward = of_run(run)
     if isinstance(reward, RewardModel):
@@ -193,8 +193,8 @@ def same_ids(policy: tokens.Tokenizer, reward: tokens.Tokenizer) -> bool:
 
 def _rows(token_BT: jax.Array, mask_BT: jax.Array) -> list[list[int]]:
     """The ids that are no padding."""
-    kept = np.asarray(mask_BT) > 0
-    return [row[k].tolist() for row, k in zip(np.asarray(token_BT), kept, strict=True)]
+    kept = sharding.to_host(mask_BT) > 0
+    return [row[k].tolist() for row, k in zip(sharding.to_host(token_BT), kept, strict=True)]
 
 
 def _score(reward: RewardModel, rows: Sequence[Sequence[int]], batch_size: int) -> np.ndarray:
@@ -208,9 +208,9 @@ def _score(reward: RewardModel, rows: Sequence[Sequence[int]], batch_size: int) 
     for start in range(0, len(rows), batch_size):
         some = [list(r) for r in rows[start : start + batch_size]]
         whole = some + [some[0]] * (batch_size - len(some))  # one shape to compile
-        token_BT, mask_BT = (jnp.asarray(x) for x in batches.pad(whole, width, reward.tokenizer.pad_id))
+        token_BT, mask_BT = batches.pad(whole, width, reward.tokenizer.pad_id)  # each host has all of them
         found_B = policies.score(reward.arch, reward.frozen, reward.scorer, token_BT, mask_BT)
-        scores.append(np.asarray(found_B)[: len(some)])
+        scores.append(sharding.to_host(found_B)[: len(some)])
     return np.concatenate(scores) if scores else np.zeros(0, np.float32)
 
 

@@ -82,11 +82,12 @@ def train(
         stage=stage,
         title=run.title,
         directory=run.directory(stage),
+        remote=run.remote,
         loop=c.loop,
         state=optim.new_state(tx, top, run.mesh),
         meta=run.meta(stage),
         step=lambda state, i: step(
-            run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh), c.optim.accumulate
+            run.arch, tx, state, frozen, sharding.shard_step(train_batches, i, run.mesh), c.optim.accumulate
         ),
         ids=lambda i: batches.ids(examples, batch_size=c.batch_size, seed=run.seed(stage))[i],
         evaluate=evaluate,

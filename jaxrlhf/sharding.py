@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
+from jaxrlhf import hosts
 from jaxrlhf.config import Mesh
 from jaxrlhf.files import UserError
+
+if TYPE_CHECKING:
+    from jaxrlhf.data.batches import Batches
 
 Tree = TypeVar("Tree")
 
@@ -33,8 +40,8 @@ RULES: tuple[tuple[str, P], ...] = (
 
 def make_mesh(c: Mesh, of: Sequence[Any] = ()) -> DeviceMesh:
     """A mesh with axes data, fsdp and tensor over the devices, by default all; `UserError` if it does not fit them."""
-    sizes = [c.data, c.fsdp, c.tensor]
-    devices = len(of) or jax.device_count()
+    sizes, found = [c.data, c.fsdp, c.tensor], of or hosts.devices()
+    devices = len(found)
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"config.mesh: axes are positive, one at most -1 (the rest); got {c}")
     if -1 in sizes:
@@ -42,7 +49,7 @@ def make_mesh(c: Mesh, of: Sequence[Any] = ()) -> DeviceMesh:
     if math.prod(sizes) != devices:
         raise UserError(f"config.mesh: data x fsdp x tensor = {math.prod(sizes)}, but there are {devices} devices")
     names, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), names, axis_types=kinds, devices=of or None)
+    return jax.make_mesh(tuple(sizes), names, axis_types=kinds, devices=found)
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: DeviceMesh) -> P:
@@ -79,8 +86,33 @@ def rows(mesh: DeviceMesh) -> NamedSharding:
 
 
 def shard_batch(tree: Tree, mesh: DeviceMesh) -> Tree:
-    """Puts a batch on the mesh, by `rows`."""
-    return jax.device_put(tree, rows(mesh))
+    """Puts a batch that every process has whole on the mesh, its leading axis divided over data x fsdp."""
+    where = rows(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__), tree)
+
+
+def shard_step(stream: Batches[Tree], step: int, mesh: DeviceMesh) -> Tree:
+    """A step's batch on the mesh, likewise divided: each process makes only the rows that its devices hold."""
+    where, count = rows(mesh), stream.rows
+    held = where.addressable_devices_indices_map((count,)).values()
+    own = sorted({r for index in held if index for r in range(*index[0].indices(count))})
+
+    def put(x: np.ndarray) -> jax.Array:
+        def some(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(count)
+            return x[bisect_left(own, start) : bisect_left(own, stop)]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), where, some)
+
+    return jax.tree.map(put, stream.part(step, own))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array, on every host."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def check_divides(key: str, size: int, mesh: DeviceMesh, parts: int = 1) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.sharding import to_host
 from jaxrlhf.types import Frozen, Params, Top
 
 
@@ -59,7 +60,7 @@ def tree_hash(tree: Frozen | Params) -> str:
     """SHA-256 over names, shapes, types and bytes of a tree: equal trees, equal hashes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        array = to_host(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

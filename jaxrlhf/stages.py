@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 
-from jaxrlhf import collect, dpo, groups, hub, ppo, reward, scoring, sft
+from jaxrlhf import collect, dpo, groups, hosts, hub, ppo, reward, scoring, sft
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
 from jaxrlhf.evaluation import report, results
 from jaxrlhf.experiment import Run
+from jaxrlhf.files import writes
 from jaxrlhf.logs import say
+from jaxrlhf.store import Workdir
 
 _TRAIN = {
     "pretrain": sft.pretrain,
@@ -26,35 +29,58 @@ _TRAIN = {
 }
 
 
-def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_finished: bool) -> None:
+def run_stages(config: Experiment, kept: Workdir, stages: Sequence[str], skip_finished: bool) -> None:
     """Runs the stages named; with `skip_finished`, those that are not complete, and what follows from them."""
+    workdir = kept.local
     if config.reward.init and "reward" in stages and not (workdir / "reward" / "summary.json").exists():
         scoring.load(hub.directory_of(config.reward.init, "config.reward.init"))  # mistakes before hours of SFT
-    data = task.load(config, workdir, say) if any(s in _TRAIN for s in stages) else None
-    fresh = False
+    fresh, data = False, None
+    if any(s in _TRAIN for s in stages):
+        data = hosts.first_then_all(lambda: _load(config, kept))
     for stage in stages:
         title = f"[{config.stages.index(stage) + 1}/{len(config.stages)}] {stage}"
         if stage == "evaluate":
-            if fresh or not skip_finished or not (workdir / "results.json").exists():
-                say(f"{title}: measuring generalisation and diversity")
-                print(results.table(results.evaluate_samples(workdir, config)))
-                fresh = True
+            fresh = hosts.decided(partial(_evaluate, config, workdir, title, fresh or not skip_finished)) or fresh
         elif stage == "report":
-            if fresh or not skip_finished or not (workdir / "report" / "index.html").exists():
-                say(f"{title}: drawing")
-                print(report.write_report(workdir))
-            else:
-                say(f"{title}: complete; see {workdir / 'report' / 'index.html'}")
+            hosts.decided(partial(_report, kept, title, fresh or not skip_finished))
         elif stage == "pretrain" and config.model.init:
             say(f"{title}: the base is imported from {config.model.init}")
         elif stage == "pretrain" and config.pretrain.init != "scratch":
             say(f"{title}: the base {config.pretrain.init!r} is shipped; --config.pretrain.init=scratch makes it anew")
         else:
             assert data is not None
-            run = Run(config, workdir, data, title)
+            run = Run(config, workdir, data, title, kept if kept.remote else None)
             if skip_finished and run.finished(stage):
                 say(f"{title}: complete")
                 continue
+            hosts.barrier(f"the start of stage {stage}")
+            if not writes():
+                kept.fetch()
             with jax.set_mesh(run.mesh):
                 _TRAIN[stage](run)
+            kept.send()
             fresh = True
+
+
+def _load(config: Experiment, kept: Workdir) -> task.Task:
+    if not writes():
+        kept.fetch()
+    found = task.load(config, kept.local, say)
+    kept.send()
+    return found
+
+
+def _evaluate(config: Experiment, workdir: Path, title: str, due: bool) -> bool:
+    """Whether it was due."""
+    if due := due or not (workdir / "results.json").exists():
+        say(f"{title}: measuring generalisation and diversity")
+        print(results.table(results.evaluate_samples(workdir, config)))
+    return due
+
+
+def _report(kept: Workdir, title: str, due: bool) -> None:
+    page = kept.local / "report" / "index.html"
+    if not due and page.exists():
+        return say(f"{title}: complete; see {kept.named(page)}")
+    say(f"{title}: drawing")
+    print(kept.named(report.write_report(kept.local)))

@@ -12,6 +12,7 @@ from jaxrlhf.config import Experiment, Files, Loop, Model, Optim, Reward, Sampli
 from jaxrlhf.data import task, tokens
 from jaxrlhf.experiment import imported_architecture
 from jaxrlhf.files import UserError, whole_folder, write_json
+from jaxrlhf.store import Workdir
 
 SHORT = Loop(steps=2, log_every=1, eval_every=0, save_every=2)
 FAST = Optim(lr=0.05)
@@ -47,7 +48,7 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("imported")
     c = experiment(base(path / "theirs"))
     write_json(path / "run" / "config.json", json.loads(json.dumps(config.dataclasses.asdict(c))))
-    stages.run_stages(c, path / "run", ("sft", "reward"), skip_finished=False)
+    stages.run_stages(c, Workdir(path / "run"), ("sft", "reward"), skip_finished=False)
     return path / "run"
 
 

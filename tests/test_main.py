@@ -5,7 +5,7 @@ import json
 import pytest
 from encoder_directories import TINY
 
-from jaxrlhf.files import read_records, write_records
+from jaxrlhf.files import Stopped, read_records, write_records
 from jaxrlhf.main import main
 
 RECIPE = "--config=configs/quickstart.py:smoke"
@@ -138,3 +138,15 @@ def test_a_stray_argument_is_refused(capsys, tmp_path):
 def test_a_lone_surrogate_goes_out_as_it_came_in(tmp_path):
     write_records(tmp_path / "r.jsonl", [{"a": "\ud800 x\\"}])
     assert read_records(tmp_path / "r.jsonl") == [{"a": "\ud800 x\\"}]
+
+
+def test_a_launcher_can_tell_a_stop_from_the_end(monkeypatch, capsys):
+    def stops(_):
+        raise Stopped("stopped at step 3 of 9; the same command goes on")
+
+    monkeypatch.setattr("jaxrlhf.main._dispatch", stops)
+    monkeypatch.delenv("JAXRLHF_RESTARTS", raising=False)
+    assert main(["jaxrlhf", "run"]) == 0
+    monkeypatch.setenv("JAXRLHF_RESTARTS", "1")
+    assert main(["jaxrlhf", "run"]) == 75
+    assert capsys.readouterr().err == "stopped at step 3 of 9; the same command goes on\n" * 2

@@ -7,9 +7,11 @@ end-of-text token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import grain
+import jax
 import numpy as np
 
 from jaxrlhf.data.tokens import Tokenizer
@@ -24,9 +26,55 @@ WIDTHS = 8
 
 
 class Batches(Protocol[Batch]):
-    """`batches[step]`, for every step from 0 without end."""
+    """`batches[step]`, for every step from 0 without end; `part(step, rows)` is some of its rows, made alone."""
 
+    @property
+    def rows(self) -> int: ...
     def __getitem__(self, step: int, /) -> Batch: ...
+    def part(self, step: int, rows: Sequence[int], /) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Batches of B items. An item has one row or several; a batch has all first rows, then all second ones."""
+
+    items: Any  # shuffled, epoch after epoch: Grain's random access
+    batch_size: int
+    sides: int
+    collate: Callable[[Sequence], Any]
+
+    @property
+    def rows(self) -> int:
+        return self.batch_size * self.sides
+
+    def __getitem__(self, step: int) -> Any:
+        return self.part(step, range(self.rows))
+
+    def part(self, step: int, rows: Sequence[int]) -> Any:
+        B = self.batch_size
+        return self.collate([self.items[step * B + r % B][r // B] for r in rows])
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Batches of equal sizes one after another as one batch."""
+
+    streams: Sequence[Batches]
+
+    @property
+    def rows(self) -> int:
+        """Of all together."""
+        return sum(s.rows for s in self.streams)
+
+    def __getitem__(self, step: int) -> Any:
+        return self.part(step, range(self.rows))
+
+    def part(self, step: int, rows: Sequence[int]) -> Any:
+        """Rows in ascending order."""
+        each = self.streams[0].rows
+        chosen = [[r % each for r in rows if r // each == i] for i in range(len(self.streams))]
+        parts = [s.part(step, some) for s, some in zip(self.streams, chosen, strict=True) if some]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def cut(
@@ -78,7 +126,8 @@ def sft_batches(
     """
     rows = _examples(examples, tokenizer, prompt_length, response_length)
     width = _width((len(p) + len(q) for p, q in rows), prompt_length + response_length)
-    return _stream(rows, batch_size, seed, lambda chosen: _sft(chosen, width, prompt_weight, tokenizer.pad_id))
+    items = [(row,) for row in rows]
+    return _stream(items, batch_size, seed, lambda chosen: _sft(chosen, width, prompt_weight, tokenizer.pad_id))
 
 
 def eval_sft_batches(
@@ -104,7 +153,7 @@ def pair_batches(
     """`batches[step]` is a PairBatch [2B, T]: chosen rows, then rejected ones, padded on the right."""
     rows = _pairs(pairs, tokenizer, prompt_length, response_length)
     width = _width((len(p) + len(q) for pair in rows for p, q in pair), prompt_length + response_length)
-    return _stream(rows, batch_size, seed, lambda chosen: _pair_batch(chosen, width, tokenizer.pad_id))
+    return _stream(rows, batch_size, seed, lambda chosen: _pair_batch(chosen, width, tokenizer.pad_id), sides=2)
 
 
 def prompt_batches(
@@ -113,7 +162,8 @@ def prompt_batches(
     """`batches[step]` is a PromptBatch [B, P], padded on the left; `index_B` is the place in `records`."""
     rows = list(enumerate(_prompts(records, tokenizer, prompt_length)))
     width = _width((len(p) for _, p in rows), prompt_length)
-    return _stream(rows, batch_size, seed, lambda chosen: _prompt_batch(chosen, width, tokenizer.pad_id))
+    items = [(row,) for row in rows]
+    return _stream(items, batch_size, seed, lambda chosen: _prompt_batch(chosen, width, tokenizer.pad_id))
 
 
 def eval_prompt_batches(
@@ -127,7 +177,7 @@ def eval_prompt_batches(
 
 def ids(records: Sequence[Record], *, batch_size: int, seed: int) -> Batches[list[str]]:
     """`ids[step]` names the records of that step's training batch, in its order, whatever kind of batch it is."""
-    return _stream([r["id"] for r in records], batch_size, seed, list)
+    return _stream([(r["id"],) for r in records], batch_size, seed, list)
 
 
 def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
@@ -170,9 +220,11 @@ def _width(lengths: Iterable[int], at_most: int) -> int:
     return min(-(-max(lengths) // WIDTHS) * WIDTHS, at_most)
 
 
-def _stream(rows: list, batch_size: int, seed: int, collate: Callable[[Sequence], Any]) -> Any:
-    source = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
-    return source.batch(batch_size, drop_remainder=True, batch_fn=collate)
+def _stream(
+    items: Sequence[tuple], batch_size: int, seed: int, collate: Callable[[Sequence], Any], sides: int = 1
+) -> Any:
+    endless = grain.MapDataset.source(items).seed(seed).shuffle().repeat(None)
+    return _Stream(endless, batch_size, sides, collate)
 
 
 def _in_order(rows: list, batch_size: int) -> Iterator[tuple[list, int]]:
@@ -191,8 +243,8 @@ def _sft(rows: Sequence[Row], width: int, prompt_weight: float, pad_id: int) -> 
     return SftBatch(tokens_BT=tokens_BT, mask_BT=mask_BT, weight_BT=weight_BT)  # pyright: ignore[reportArgumentType]
 
 
-def _pair_batch(rows: Sequence[tuple[Row, Row]], width: int, pad_id: int) -> PairBatch:
-    both = _sft([c for c, _ in rows] + [r for _, r in rows], width, 0.0, pad_id)
+def _pair_batch(rows: Sequence[Row], width: int, pad_id: int) -> PairBatch:
+    both = _sft(rows, width, 0.0, pad_id)
     return PairBatch(tokens_BT=both.tokens_BT, mask_BT=both.mask_BT, weight_BT=both.weight_BT)
 
 

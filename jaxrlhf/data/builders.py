@@ -13,7 +13,7 @@ from typing import Any, overload
 import tensorflow_datasets as tfds
 
 from jaxrlhf.data import world
-from jaxrlhf.files import UserError, read_text, write_text
+from jaxrlhf.files import Failure, UserError, read_text, write_text, writes
 
 Record = Mapping[str, str]
 Splits = Mapping[str, Callable[[], Iterable[Record]]]
@@ -95,6 +95,8 @@ def prepare(make: Callable[[str], Records], folder: Path, fingerprint: str) -> d
     """
     done = folder / "fingerprint.txt"
     if not (done.exists() and read_text(done) == fingerprint and make(str(folder)).is_prepared()):
+        if not writes():
+            raise Failure(f"{folder}: this host does not see yet what host 0 wrote there; the same command goes on")
         shutil.rmtree(folder, ignore_errors=True)
         _quietly(lambda: make(str(folder)).download_and_prepare(download_config=_LOCAL))
         write_text(done, fingerprint)
