@@ -23,8 +23,9 @@ def claim(workdir: Path, experiment: Experiment) -> None:
 
 
 def binding(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without what changes no step: the evaluation, the mesh, and which checkpoints are kept."""
-    kept = {k: dict(v) if isinstance(v, dict) else v for k, v in resolved.items() if k not in ("evaluation", "mesh")}
+    """A resolved config without what changes no step: evaluation, mesh, a sweep's axes, which checkpoints are kept."""
+    free = ("evaluation", "mesh", "sweep")
+    kept = {k: dict(v) if isinstance(v, dict) else v for k, v in resolved.items() if k not in free}
     for section in kept.values():
         if isinstance(section, dict) and isinstance(section.get("loop"), dict):
             section["loop"] = {k: v for k, v in section["loop"].items() if k not in ("save_every", "keep")}
@@ -37,7 +38,19 @@ def bound(experiment: Experiment, stage: str) -> dict[str, Any]:
     # RLOO and GRPO climb the reward that config.ppo's penalties shape.
     before = {*names.behind(stage), *(["ppo"] if stage in ("rloo", "grpo") else [])}
     other = {s for s in names.TRAINED if s not in before} | ({"sampling"} if stage in ("pretrain", "sft") else set())
+    # What is drawn hangs on how many prompts are drawn for at a time; the rest is for measurement.
+    found["sampling"] = {"batch_size": found["sampling"]["batch_size"]}
     return {k: v for k, v in found.items() if k not in ("name", "methods", *other)}
+
+
+def sampled(experiment: Experiment, policy: str) -> dict[str, Any]:
+    """What the samples of a policy follow from: how it was trained, and how it is sampled and scored."""
+    how = dict(binding(_resolved(experiment))["sampling"])
+    if policy != "bon":
+        del how["best_of"]
+    if policy not in ("sft", "bon"):
+        del how["pool"]
+    return bound(experiment, "reward" if policy in ("sft", "bon") else policy) | {"sampling": how}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> Iterator[str]:

@@ -232,6 +232,13 @@ def _run_stages(command: str, argv: list[str]) -> None:
         raise UserError(f"config.methods={experiment.methods!r} does not name {command}; nothing would measure it")
     workdir = Path(str(values["workdir"].value))
     experiment = with_base(experiment, workdir)
+    if experiment.sweep:
+        if command != "run":
+            raise UserError(f"{command}: a sweep runs as a whole, by `jaxrlhf run`; its points are runs of their own")
+        from jaxrlhf import sweep
+
+        sweep.run(experiment, workdir)
+        return
     unclaimed = not (workdir / "config.json").exists()
     claim(workdir, experiment)
     stages = experiment.stages if command == "run" else (command,)

@@ -137,7 +137,7 @@ def check_pairs(run: Run, pairs: Mapping[str, Sequence]) -> None:
     if not pairs["train"]:
         raise UserError(
             f"{run.directory('reward')}: no pair to learn from, all SFT samples of a prompt are equal; "
-            "raise config.sampling.temperature or config.reward.samples_per_prompt in another --workdir"
+            "raise config.reward.temperature or config.reward.samples_per_prompt in another --workdir"
         )
 
 
@@ -156,7 +156,7 @@ def normalisation(run: Run, reward: scoring.Reward) -> dict[str, Any]:
         records,
         samples=c.samples_per_prompt,
         key=run.key("normalise"),
-        generation=policies.generation(run),
+        generation=policies.uncut(run, run.config.reward.temperature),
         scored_by=lambda *asked: np.stack([score(*asked) for score in scorers], -1),
         title="normalise",
     )
@@ -222,7 +222,7 @@ def _compare(run: Run, top: Top, split: str, records: Sequence, index: int) -> l
         records,
         samples=samples,
         key=run.key("preferences", index),
-        generation=policies.generation(run),
+        generation=policies.uncut(run, run.config.reward.temperature),
         title=f"preferences ({split})",
     )
     rng = np.random.default_rng([run.seed("annotators"), index])

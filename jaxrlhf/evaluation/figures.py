@@ -67,6 +67,7 @@ LABELS: dict[Place, str] = {
     ("score",): "reward-model score",
     ("proxy_score",): "proxy score, by the judge",
     ("length",): "length (words)",
+    ("kl",): "KL to SFT (nats a response)",
 }
 # Not the reader's matplotlibrc: the picture is the same on every machine.
 _styled = matplotlib.style.context(["default", STYLE])
@@ -234,6 +235,32 @@ def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], title: str, x_l
     ax.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 34))
     ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
     _legend(figure, list(shown.values()), 46)
+    return _png(figure)
+
+
+@_styled
+def against_kl(
+    lines: Mapping[str, Sequence[tuple[Estimate, Estimate]]],
+    shown: Mapping[str, Look],
+    bound: float | None,
+    title: str,
+    y_label: str,
+) -> bytes:
+    """A measure over the KL to SFT, both with intervals: a line for each policy, a dotted one at best-of-N's bound."""
+    figure = Figure((4.3, 3.4))
+    ax = figure.subplots()
+    for policy, points in lines.items():
+        x, y = zip(*points, strict=True)
+        xs, ys = [e["mean"] for e in x], [e["mean"] for e in y]
+        look = shown[policy]
+        ax.errorbar(xs, ys, _whiskers(y), _whiskers(x), fmt=f"{look.marker}-", color=look.colour, ms=5, lw=1.2)
+    entries = [shown[p] for p in lines]
+    if bound is not None:
+        ax.axvline(bound, color=shown["bon"].colour, lw=1, ls=":", zorder=1)
+        entries.append(Look("its KL in closed form", shown["bon"].colour, ""))
+    ax.set(xlabel=label(("kl",)), ylabel=_short(y_label, 34))
+    ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
+    _legend(figure, entries, 46)
     return _png(figure)
 
 

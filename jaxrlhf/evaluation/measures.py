@@ -27,6 +27,7 @@ Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",)
 Tree = dict[str, Any]
 WIN_RATE: Place = ("win_rate",)
 PROXY: Place = ("proxy_score",)
+KL: Place = ("kl",)
 GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",), PROXY)
 CUT = "_cut"  # ends the name of a metric of texts that were cut to one length
 LIMITS = {
