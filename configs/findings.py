@@ -22,6 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
     seeds = "0; 1" if variant == "smoke" else "0; 1; 2; 3; 4"
     # The base trains DPO and GRPO beside PPO; the other coefficients are PPO's alone.
     c.sweep = (f"seed={seeds}", "ppo.kl_coef=0.05 methods=dpo,grpo; 0.01; 0.2; 0.8; 3.2")
+    if variant != "smoke":
+        c.sampling.update(best_of=16, pool=96)  # the paper's N; 6 picks a prompt, each from samples of its own
     c.evaluation.cut_words = 12  # one length for all seeds, so that numbers at equal length have a mean over them
     if variant == "smoke":
         c.sweep = (f"seed={seeds}", "ppo.kl_coef=0.05 methods=dpo,grpo; 0.8")

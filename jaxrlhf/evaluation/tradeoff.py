@@ -173,11 +173,11 @@ def _measured(r: Ran, told: Mapping[str, Any]) -> dict[str, dict[str, Measured]]
 
 def over_kl(
     points: Sequence[Mapping[str, Any]], policy: str, split: str, place: Place
-) -> list[tuple[Mapping[str, float], Estimate]]:
+) -> Sequence[tuple[Mapping[str, float], Estimate]]:
     """A policy's (KL to SFT, estimate at `place`) over the settings, by KL; SFT's own KL is 0."""
     held = [dict(walk(p["splits"][split])) for p in points if p["policy"] == policy and split in p["splits"]]
     if policy == "sft":
-        held = [h | {KL: dict.fromkeys(("mean", "low", "high"), 0.0)} for h in held]
+        held = [h | {KL: {"mean": 0.0, "low": 0.0, "high": 0.0}} for h in held]
     found = [(h[KL], h[place]) for h in held if KL in h and place in h]
     return sorted(found, key=lambda point: point[0]["mean"])
 
