@@ -1,0 +1,152 @@
+"""Best-of-N's KL, what is said at equal KL, and the paper's findings over seeds."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from jaxrlhf.evaluation import captions, claims, tradeoff
+from jaxrlhf.evaluation.measures import KL, Measured
+from jaxrlhf.evaluation.report import read_results, write_report
+from jaxrlhf.files import write_json
+from jaxrlhf.policies import best_of_n_kl
+
+EAD = ("diversity", "per_input", "ead")
+
+
+def test_the_closed_form_of_best_of_n():
+    assert tradeoff.best_of_n_bound(1) == 0.0
+    assert tradeoff.best_of_n_bound(4) == pytest.approx(0.6362943611)  # ln 4 - 3/4
+    assert tradeoff.best_of_n_bound(16) == pytest.approx(1.8350887222)
+
+
+def test_kl_of_best_of_n_equals_enumeration_with_ties():
+    """Two outcomes of probability 1/4 and 3/4, and three of unequal ones, by listing every draw."""
+    for score_M in ([0.5, 2.0, 2.0, 2.0], [-1.5, -1.5, 0.25, 7.0, 7.0, 7.0], [3.0, 1.0, 2.0, 0.5, -4.0]):
+        outcomes = sorted(set(score_M))
+        for n in (1, 2, 3):
+            best = [max(draw) for draw in itertools.product(score_M, repeat=n)]
+            q = [best.count(o) / len(best) for o in outcomes]
+            p = [score_M.count(o) / len(score_M) for o in outcomes]
+            exact = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
+            assert best_of_n_kl(np.array([score_M]), n)[0] == pytest.approx(exact, abs=1e-12)
+
+
+def test_kl_of_best_of_n_nears_its_closed_form_from_below():
+    score_BM = np.random.default_rng(0).normal(size=(2, 20_000))
+    for n in (2, 6, 16):
+        kl_B = best_of_n_kl(score_BM, n)
+        assert np.all(kl_B < tradeoff.best_of_n_bound(n))
+        assert kl_B == pytest.approx(tradeoff.best_of_n_bound(n), abs=2e-3)
+    assert best_of_n_kl(np.full((1, 8), -0.5), 4)[0] == 0.0  # one response alone: nothing to choose
+
+
+def measured(kl, gold):
+    m = Measured(["a", "b", "c"])
+    m.add_mean(KL, m.prompts, [kl - 0.25, kl, kl + 0.25])
+    m.add_mean(("gold",), m.prompts, gold)
+    return m
+
+
+def test_at_equal_kl_by_hand():
+    curve = [measured(3.0, [2.0, 0.0, -1.0]), measured(0.5, [1.0, 1.0, 1.0]), measured(1.5, [1.5, -0.5, 0.0])]
+    found = tradeoff.at_equal_kl(curve, measured(0.75, [1.0, 0.0, 2.0]))
+    assert found is not None
+    # three quarters of [1, 1, 1] and a quarter of [1.5, -0.5, 0], less best-of-N's
+    assert found["gold",] == pytest.approx([1.125 - 1.0, 0.625 - 0.0, 0.75 - 2.0])
+    exact = tradeoff.at_equal_kl(curve, measured(1.5, [0.0, 0.0, 0.0]))
+    assert exact is not None
+    assert exact["gold",] == pytest.approx([1.5, -0.5, 0.0])
+
+
+def test_nothing_is_said_beyond_the_ends_of_a_curve_or_without_a_kl():
+    curve = [measured(0.5, [1.0, 1.0, 1.0]), measured(1.5, [1.5, -0.5, 0.0])]
+    assert tradeoff.at_equal_kl(curve, measured(0.4, [0.0, 0.0, 0.0])) is None
+    assert tradeoff.at_equal_kl(curve, measured(1.6, [0.0, 0.0, 0.0])) is None
+    bare = Measured(["a", "b", "c"])
+    assert tradeoff.at_equal_kl(curve, bare) is None
+
+
+def e(mean):
+    return {"mean": mean, "low": mean - 1, "high": mean + 1, "n": 9}
+
+
+def point(coef, win, per, across):
+    """Policies' numbers on `id` and on two splits out of distribution: a triple each, in that order."""
+    policies = {
+        p: {
+            s: {
+                "win_rate": e(win[p][i]),
+                "diversity": {"per_input": {"ead": e(per[p][i])}, "across_input": {"ead": e(across[p][i])}},
+            }
+            for i, s in enumerate(("id", "ood_a", "ood_b"))
+        }
+        for p in win
+    }
+    return {"ppo.kl_coef": coef}, {"policies": policies}
+
+
+def seed(shift):
+    win = {"sft": (0.4, 0.3, 0.2), "bon": (0.5, 0.4, 0.3), "ppo": (0.5 + shift, 0.5, 0.2 + shift)}
+    per = {"sft": (0.6, 0.6, 0.6), "bon": (0.5, 0.5, 0.8), "ppo": (0.3, 0.3 + shift, 0.3)}
+    across = {"sft": (0.5, 0.5, 0.5), "bon": (0.5, 0.5, 0.5), "ppo": (0.4, 0.5, 0.3)}
+    held = per | {"ppo": (0.5, 0.5, 0.5 + shift)}
+    return [point("0.05", win, per, across), point("0.8", win, held, across)]
+
+
+def test_findings_by_hand():
+    found = claims.judged([seed(0.0), seed(0.03), seed(-0.03)], {"ppo.kl_coef": "0.05"})
+    better, farther, per, across, above_all, keeps, bought = (c["measured"] for c in found)
+    win = "win rate against the reference"
+    assert better[win]["mean"] == pytest.approx((0.2 + 0.0) / 2)
+    assert farther[win]["mean"] == pytest.approx(0.1 - 0.1)
+    assert per["per-input EAD"]["mean"] == pytest.approx(-0.3)
+    assert across["across-input EAD"]["mean"] == pytest.approx(-0.1)
+    assert above_all["per-input EAD"]["mean"] == pytest.approx(math.log(0.5) - math.log(0.8), abs=1e-3)
+    assert keeps["per-input EAD"]["mean"] == pytest.approx(0.3)
+    assert bought["per-input EAD"]["mean"] == pytest.approx(0.2 - 0.15)
+    # Student's interval over three seeds of the first: 0.1 and 0.1 +- 0.015
+    half = 4.302652729911275 * 0.015 / math.sqrt(3)
+    assert better[win]["low"] == pytest.approx(0.1 - half)
+    assert better[win]["n"] == 3
+    verdicts = " ".join(c["verdict"] for c in found)
+    assert verdicts == "confirmed undecided confirmed confirmed confirmed confirmed contradicted"
+
+
+def test_findings_need_two_seeds_and_what_they_measure():
+    assert claims.judged([seed(0.0)], {"ppo.kl_coef": "0.05"}) == []
+    found = claims.judged([seed(0.0)[:1], seed(0.1)[:1]], {"ppo.kl_coef": "0.05"})
+    assert "KL coefficient" not in found[-1]["claim"]
+    assert len(found) == len(claims.CLAIMS) - 1
+    lost = [seed(0.0), seed(0.1), seed(0.2)[1:]]  # the last seed's base failed
+    assert claims.judged(lost, {"ppo.kl_coef": "0.05"})[0]["measured"]["win rate against the reference"]["n"] == 2
+
+
+def test_the_report_of_a_sweep_shows_failures_curves_and_findings(tmp_path):
+    setting, base = seed(0.0)[0]
+    ran = {k: {s: m | {"kl": e(2.0)} for s, m in v.items()} if k != "sft" else v for k, v in base["policies"].items()}
+    points = [{"policy": p, "setting": setting, "runs": 2, "splits": ran[p]} for p in ran]
+    points[1]["kl_bound"] = 1.25
+    points.append({"policy": "ppo", "setting": {"ppo.kl_coef": "0.8"}, "runs": 2, "splits": ran["ppo"]})
+    told = {
+        "axes": {"ppo.kl_coef": ["0.05", "0.8"]},
+        "base": setting,
+        "points": points,
+        "equal_kl": {"id": {"gold": e(0.5)}, "ood_a": {"gold": e(-2.5)}, "ood_b": {"outside": 1, "runs": 2}},
+        "failed": {"seed=7,kl_coef=0.05": "ppo: <b>not</b> finite"},
+    }
+    found = claims.judged([seed(0.0), seed(0.03)], setting)
+    write_json(tmp_path / "results.json", {"policies": ran, "tradeoff": told, "claims": found})
+    page = write_report(tmp_path).read_text()
+    assert "seed=7,kl_coef=0.05: ppo: &lt;b&gt;not&lt;/b&gt; finite" in page
+    for c in found:
+        assert c["verdict"] in ("confirmed", "contradicted", "undecided")
+        assert f"<td>{c['verdict']}</td>" in page
+    assert {p.stem for p in (tmp_path / "report" / "figures").glob("curve_kl_0_*")} == {
+        "curve_kl_0_win_rate",
+        "curve_kl_0_diversity",
+    }
+    said = captions.equal_kl(read_results(tmp_path))
+    assert [line.rpartition(": ")[2] for line in said[:2]] == ["neither is ahead.", "best-of-N is ahead."]
+    assert "do not lie on both sides of best-of-N's KL in 1 of 2 runs" in said[2]
