@@ -67,17 +67,17 @@ def equal_kl(found: Found) -> list[str]:
     """Who is ahead at best-of-N's KL: PPO, best-of-N, or neither by the interval."""
     said = []
     for split, told in found.results["tradeoff"].get("equal_kl", {}).items():
-        where = found.splits[split]
+        where = "In distribution" if split == "id" else f"On {found.splits[split]}"
         if "outside" in told:
             said.append(
-                f"On {where}, PPO's points do not lie on both sides of best-of-N's KL in {told['outside']} of "
+                f"{where}, PPO's points do not lie on both sides of best-of-N's KL in {told['outside']} of "
                 f"{told['runs']} runs; nothing is said at equal KL."
             )
             continue
         for place, e in walk(told):
             ahead = "PPO" if e["low"] > 0 else "best-of-N" if e["high"] < 0 else "neither"
             said.append(
-                f"On {where}, at best-of-N's KL, {figures.label(place)} of PPO less best-of-N is "
+                f"{where}, at best-of-N's KL, {figures.label(place)} of PPO less best-of-N is "
                 f"{findings.estimate(e)}: {ahead} is ahead."
             )
     return said

@@ -247,7 +247,7 @@ def against_kl(
     y_label: str,
 ) -> bytes:
     """A measure over the KL to SFT, both with intervals: a line for each policy, a dotted one at best-of-N's bound."""
-    figure = Figure((4.3, 3.4))
+    figure = Figure((4.3, 3.6 + 0.2 * (len(lines) // 3)))
     ax = figure.subplots()
     for policy, points in lines.items():
         x, y = zip(*points, strict=True)
@@ -257,7 +257,7 @@ def against_kl(
     entries = [shown[p] for p in lines]
     if bound is not None:
         ax.axvline(bound, color=shown["bon"].colour, lw=1, ls=":", zorder=1)
-        entries.append(Look("its KL in closed form", shown["bon"].colour, ""))
+        entries.append(Look("closed form", shown["bon"].colour, ""))
     ax.set(xlabel=label(("kl",)), ylabel=_short(y_label, 34))
     ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
     _legend(figure, entries, 46)

@@ -34,6 +34,7 @@ LIMITS = {
     "win_rate": (0.0, 1.0),
     "length_controlled": (0.0, 1.0),
     "length": (0.0, math.inf),
+    "kl": (0.0, math.inf),  # of a policy; one prompt's estimate can lie below
     "ead": (0.0, math.inf),
     "distinct": (0.0, 1.0),
     "cosine": (0.0, 1.0),
