@@ -121,9 +121,10 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Sft:
-    """Supervised fine-tuning on demonstrations: loss on the response and its end-of-text only."""
+    """Supervised fine-tuning on demonstrations: loss on the response and its end-of-text."""
 
     batch_size: int = 32
+    prompt_weight: float = 0.0  # loss weight of the prompt's tokens; the response's weigh 1 (N+ details: 1)
     loop: Loop = field(default_factory=Loop)
     optim: Optim = field(default_factory=Optim)
 
@@ -138,6 +139,7 @@ class Reward:
     batch_size: int = 32  # pairs
     samples_per_prompt: int = 4  # SFT samples that simulated annotators compare in pairs
     normalise_samples: int = 512  # SFT samples on which scores get mean 0 and standard deviation 1
+    unit_variance: bool = True  # False: mean 0 alone, as the N+ details have it; KL coefficients then weigh otherwise
     ensemble: int = 1  # members, each with a head and an order of the pairs of its own; see losses.combine_scores
     temperature: float = 1.0  # of the SFT samples that are compared, and of those that scores are normalised on
     combine: str = "mean"  # mean | worst | uncertainty: how the members' normalised scores become one

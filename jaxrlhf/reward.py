@@ -144,6 +144,7 @@ def check_pairs(run: Run, pairs: Mapping[str, Sequence]) -> None:
 def normalisation(run: Run, reward: scoring.Reward) -> dict[str, Any]:
     """Mean and standard deviation of the scores of SFT samples, to which the reward model is then normalised.
 
+    The deviation counts as 1 where `config.reward.unit_variance` is off.
     Of an ensemble, lists: each member is normalised by its own.
     """
     c = run.config.reward
@@ -162,7 +163,7 @@ def normalisation(run: Run, reward: scoring.Reward) -> dict[str, Any]:
     )
     assert drawn.scores_BN is not None
     each = [np.ascontiguousarray(x) for x in np.moveaxis(drawn.scores_BN, -1, 0)]
-    means, stds = [float(x.mean()) for x in each], [max(float(x.std()), 1e-6) for x in each]
+    means, stds = [float(x.mean()) for x in each], [max(float(x.std()), 1e-6) if c.unit_variance else 1.0 for x in each]
     alone = not isinstance(reward, Ensemble)
     return {"mean": means[0] if alone else means, "std": stds[0] if alone else stds, "n": each[0].size}
 

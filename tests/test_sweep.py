@@ -167,7 +167,9 @@ def test_axes_that_mean_nothing_are_refused(axes, said):
 
 
 @pytest.mark.parametrize("variant", ["", ":smoke"])
-@pytest.mark.parametrize("recipe", ["findings", "sweeps/kl", "sweeps/temperature", "sweeps/best_of_n", "sweeps/size"])
+@pytest.mark.parametrize(
+    "recipe", ["findings", "sweeps/kl", "sweeps/temperature", "sweeps/best_of_n", "sweeps/size", "tldr_nplus"]
+)
 def test_every_sweep_that_ships_has_points(recipe, variant, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = sweep.points(resolve(parse(["jaxrlhf", f"--config=configs/{recipe}.py{variant}"], flags.FlagValues())[0]))
