@@ -41,6 +41,13 @@ def test_alpacafarm_numbers(monkeypatch):
     assert c.ppo.batch_size // c.ppo.minibatches == 256
 
 
+def test_paper_compat_is_one_word_or_single_keys(monkeypatch):
+    whole = load("tldr.py:opt-125m,length,paper_compat", monkeypatch)
+    keys = ("evaluation.paper_compat=True", "sampling.top_k=50", "datasets.subset_with_replacement=True")
+    assert load("tldr.py:opt-125m,length", monkeypatch, *(f"--config.{k}" for k in keys)) == whole
+    assert load("tldr.py:opt-125m,length", monkeypatch) != whole
+
+
 def test_nplus_is_what_its_sources_say(monkeypatch):
     c = load("tldr_nplus.py:2.8b", monkeypatch)
     assert c.model.init == "EleutherAI/pythia-2.8b-deduped"
@@ -50,7 +57,14 @@ def test_nplus_is_what_its_sources_say(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["tldr_nplus.py:12b", "tldr.py:opt-175b", "tldr.py:smoke,short", "alpacafarm.py:opt-125m"]
+    "recipe",
+    [
+        "tldr_nplus.py:12b",
+        "tldr.py:opt-175b",
+        "tldr.py:smoke,short",
+        "tldr.py:smoke,full,compat",
+        "alpacafarm.py:opt-125m",
+    ],
 )
 def test_unknown_variants_are_named(recipe, monkeypatch):
     with pytest.raises(UserError, match="known are"):
