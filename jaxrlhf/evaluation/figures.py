@@ -246,7 +246,7 @@ def against_kl(
     title: str,
     y_label: str,
 ) -> bytes:
-    """A measure over the KL to SFT, both with intervals: a line for each policy, a dotted one at best-of-N's bound."""
+    """A measure over the KL to SFT, both with intervals: a line for each policy, a dashed one at best-of-N's bound."""
     figure = Figure((4.3, 3.6 + 0.2 * (len(lines) // 3)))
     ax = figure.subplots()
     for policy, points in lines.items():
@@ -256,7 +256,7 @@ def against_kl(
         ax.errorbar(xs, ys, _whiskers(y), _whiskers(x), fmt=f"{look.marker}-", color=look.colour, ms=5, lw=1.2)
     entries = [shown[p] for p in lines]
     if bound is not None:
-        ax.axvline(bound, color=shown["bon"].colour, lw=1, ls=":", zorder=1)
+        ax.axvline(bound, color=shown["bon"].colour, lw=1, ls="--", zorder=1)
         entries.append(Look("closed form", shown["bon"].colour, ""))
     ax.set(xlabel=label(("kl",)), ylabel=_short(y_label, 34))
     ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
