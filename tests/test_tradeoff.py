@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from report_workdirs import around, recipe_results
 
 from jaxrlhf.evaluation import captions, claims, tradeoff
 from jaxrlhf.evaluation.measures import KL, Measured
@@ -121,6 +122,33 @@ def test_findings_need_two_seeds_and_what_they_measure():
     assert len(found) == len(claims.CLAIMS) - 1
     lost = [seed(0.0), seed(0.1), seed(0.2)[1:]]  # the last seed's base failed
     assert claims.judged(lost, {"ppo.kl_coef": "0.05"})[0]["measured"]["win rate against the reference"]["n"] == 2
+
+
+def test_what_a_seed_leaves_as_it_is_keeps_its_interval_over_prompts(tmp_path):
+    ran = []
+    for s in (0, 4):
+        folder = tmp_path / "points" / f"seed={s}"
+        results = recipe_results() | {"config": {"seed": 0, "ppo": {"seed": s}}}
+        results["policies"]["ppo"]["id"]["gold"] = around(4.0 + s / 4, 0.15)
+        for policy in ("sft", "bon"):
+            (tmp_path / policy).mkdir(exist_ok=True)
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            (folder / "samples" / policy).symlink_to(tmp_path / policy)
+        (folder / "samples" / "ppo").mkdir()
+        write_json(folder / "results.json", results)
+        ran.append(tradeoff.Ran(folder.name, {}, "ppo.seed", folder))
+    found = tradeoff.write(ran, {}, tmp_path)
+    assert found["seeds"] == [0, 4]
+    one = recipe_results()
+    for policy in ("sft", "bon"):
+        assert found["policies"][policy] == one["policies"][policy]
+        assert found["generalisation_gap"][policy] == one["generalisation_gap"][policy]
+    gold = found["policies"]["ppo"]["id"]["gold"]
+    assert (gold["mean"], gold["n"]) == (4.5, 2)
+    n = {(d["a"], d["b"]): d["gold"]["n"] for d in found["differences"] if d["split"] == "id"}
+    assert n == {("bon", "sft"): 100, ("ppo", "sft"): 2, ("ppo", "bon"): 2}
+    assert [p["runs"] for p in found["tradeoff"]["points"]] == [1, 1, 2]
+    assert "claims" not in found  # PPO's seeds alone decide nothing about SFT
 
 
 def test_the_report_of_a_sweep_shows_failures_curves_and_findings(tmp_path):

@@ -41,7 +41,8 @@ def write(ran: Sequence[Ran], failed: Mapping[str, str], workdir: Path) -> dict[
 
     It is that of the first setting, over seeds where several were swept, and beside it "tradeoff": {"axes", "base",
     "points", "equal_kl", "failed"}. A point there is a policy under a setting that changed it. With several seeds also
-    "claims", the paper's findings.
+    "claims", the paper's findings. Where a seed leaves a policy as it is, as PPO's leaves SFT, its numbers, and those of
+    two such policies beside each other, are one run's own, over prompts.
     """
     settings = [r.setting for i, r in enumerate(ran) if r.setting not in [other.setting for other in ran[:i]]]
     by_setting = [[r for r in ran if r.setting == s] for s in settings]
@@ -50,6 +51,7 @@ def write(ran: Sequence[Ran], failed: Mapping[str, str], workdir: Path) -> dict[
     found = dict(read[base[0].name])
     if len(base) > 1:
         found = seeds.combine([read[r.name] for r in base], base[0].seed_key)
+        _restore(found, read[base[0].name], _same(base, list(read[base[0].name]["policies"])))
     found["tradeoff"] = {
         "axes": {key: list(dict.fromkeys(s[key] for s in settings)) for key in settings[0]},
         "base": dict(settings[0]),
@@ -57,12 +59,26 @@ def write(ran: Sequence[Ran], failed: Mapping[str, str], workdir: Path) -> dict[
         "equal_kl": _equal_kl(by_setting, read),
         "failed": dict(failed),
     }
-    if len(base) > 1:
+    if len(base) > 1 and base[0].seed_key == "seed":
         found["claims"] = claims.judged(
             [[(r.setting, read[r.name]) for r in runs] for runs in _by_seed(ran, read)], settings[0]
         )
     write_json(workdir / "results.json", found)
     return found
+
+
+def _same(runs: Sequence[Ran], policies: Sequence[str]) -> set[str]:
+    """The policies of which all runs have the same samples."""
+    return {p for p in policies if len({(r.folder / "samples" / p).resolve() for r in runs}) == 1}
+
+
+def _restore(found: dict[str, Any], run: Mapping[str, Any], same: set[str]) -> None:
+    """Puts one run's own numbers of policies that are the same in all runs where means over seeds stand."""
+    for section in ("policies", "generalisation_gap"):
+        found[section] |= {p: splits for p, splits in run[section].items() if p in same}
+    for section in ("differences", "comparisons"):
+        own = {(d["a"], d["b"], d["split"]): d for d in run[section] if {d["a"], d["b"]} <= same}
+        found[section] = [own.get((d["a"], d["b"], d["split"]), d) for d in found[section]]
 
 
 def _by_seed(ran: Sequence[Ran], read: Mapping[str, Any]) -> list[list[Ran]]:
@@ -83,8 +99,8 @@ def _points(runs: Sequence[Ran], base: Sequence[Ran], read: Mapping[str, Any]) -
         mine = [(r.folder / "samples" / policy).resolve() for r in runs]
         if runs[0].setting != base[0].setting and all(folder in theirs for folder in mine):
             continue
-        told = [read[r.name]["policies"][policy] for r in runs]
-        point = {"policy": policy, "setting": dict(runs[0].setting), "runs": len(runs)}
+        told = [read[r.name]["policies"][policy] for r in (runs[:1] if _same(runs, [policy]) else runs)]
+        point = {"policy": policy, "setting": dict(runs[0].setting), "runs": len(told)}
         if policy == "bon":
             point["kl_bound"] = best_of_n_bound(read[runs[0].name]["sampling"]["bon"]["best_of"])
         yield point | {"splits": {s: _over(list(m)) for s in told[0] if all(m := [t.get(s) for t in told])}}
