@@ -19,7 +19,8 @@ QUICKSTART = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
 def get_config(variant: str = "") -> ConfigDict:
     c = QUICKSTART["get_config"](variant)
     c.name = "findings"
-    seeds = "0; 1" if variant == "smoke" else "0; 1; 2; 3; 4"
+    # Seed 0 is left out: the quickstart's numbers were chosen on it.
+    seeds = "1; 2" if variant == "smoke" else "1; 2; 3; 4; 5"
     # The base trains DPO and GRPO beside PPO; the other coefficients are PPO's alone.
     c.sweep = (f"seed={seeds}", "ppo.kl_coef=0.05 methods=dpo,grpo; 0.01; 0.2; 0.8; 3.2")
     if variant != "smoke":
