@@ -50,7 +50,8 @@ def get_config(variant: str = "1b") -> ConfigDict:
     c.ppo.update(whiten_advantages=True, whiten_rewards=False, eos_required=True, eos_missing=-1.0)
     c.ppo.loop.update(steps=EPISODES // 512, log_every=1, save_every=100)
     for stage, schedule in (("sft", "cosine"), ("reward", "cosine"), ("ppo", "linear")):
-        c[stage].optim.update(lr=3e-6, eps=1e-5, schedule=schedule, warmup=0, clip_norm=0.0)  # AdamW of each file
+        # AdamW of each file, with PyTorch's weight decay where none is given.
+        c[stage].optim.update(lr=3e-6, eps=1e-5, schedule=schedule, warmup=0, weight_decay=0.01, clip_norm=0.0)
     # Kirk et al.'s numbers of samples (lab/args.py:66; calculate_diversity.py:52).
     c.sampling.update(samples_per_prompt=16, best_of=16, pool=32, batch_size=8)
     c.sweep = ("sampling.temperature=0.01; 1.0",)

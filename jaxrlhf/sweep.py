@@ -26,7 +26,7 @@ from jaxrlhf import names, recipes, stages
 from jaxrlhf.claim import bound, claim, sampled
 from jaxrlhf.config import Experiment
 from jaxrlhf.evaluation import report, tradeoff
-from jaxrlhf.files import Failure, Stopped, UserError
+from jaxrlhf.files import Failure, Stopped, UserError, read_json
 from jaxrlhf.logs import say
 
 SEEDS = ("seed", "ppo.seed")
@@ -72,8 +72,10 @@ def run(e: Experiment, workdir: Path) -> None:
 
     Raises:
       Failure: at the end, where a point failed.
-      UserError: no point could run, for the first one's reason.
+      UserError: no point could run, for the first one's reason; or the workdir holds a run.
     """
+    if (workdir / "config.json").exists():
+        raise UserError(f"--workdir={workdir} holds a run of its own; name another folder for a sweep")
     ran: list[tradeoff.Ran] = []
     failed: dict[str, Exception] = {}
     swept = points(e)
@@ -86,6 +88,7 @@ def run(e: Experiment, workdir: Path) -> None:
         try:
             claim(folder, point.experiment)
             _share(point.experiment, folder, workdir)
+            _unless_measured_so(folder)
             due = [s for s in point.experiment.stages if s != "report"]
             stages.run_stages(point.experiment, folder, due, skip_finished=True)
             ran.append(tradeoff.Ran(point.name, point.setting, point.seed_key, folder))
@@ -101,7 +104,8 @@ def run(e: Experiment, workdir: Path) -> None:
         jax.clear_caches()
     if not ran:
         raise next(iter(failed.values()))
-    tradeoff.write(ran, {name: _line(error) for name, error in failed.items()}, workdir)
+    told = {name: _line(error) for name, error in failed.items()}
+    tradeoff.write(ran, [p.setting for p in swept], told, workdir)
     print(report.write_report(workdir))
     if failed:
         raise Failure(
@@ -134,9 +138,9 @@ def _short(key: str, keys: Sequence[str] | Mapping[str, str]) -> str:
 
 def _changed(e: Experiment, changes: Mapping[str, str]) -> Experiment:
     tree = dataclasses.asdict(e) | {"sweep": ()}
-    known = dict(_leaves(tree))
+    known = {key: value for key, value in _leaves(tree) if key != "sweep"}
     for key, text in changes.items():
-        if key not in known or key == "sweep":
+        if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.0)[0]
             raise UserError(f"config.sweep: {key}: no such key; the nearest is {near}")
         *sections, last = key.split(".")
@@ -175,6 +179,13 @@ def _share(e: Experiment, folder: Path, workdir: Path) -> None:
         _link(folder / what, workdir / "shared" / f"{what.replace('/', '-')}-{digest}")
     if (workdir / "base").exists():
         _link(folder / "base", workdir / "base")
+
+
+def _unless_measured_so(folder: Path) -> None:
+    """Drops a point's results that another `config.evaluation` measured, so that all points are measured alike."""
+    path = folder / "results.json"
+    if path.exists() and read_json(path)["config"]["evaluation"] != read_json(folder / "config.json")["evaluation"]:
+        path.unlink()
 
 
 def _link(link: Path, target: Path) -> None:

@@ -113,6 +113,12 @@ def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(done, tmp_path, monke
     for gone in ("results.json", "samples/summary.json", "samples/bon/ood_news.jsonl"):
         (copy / "points" / "best_of=3" / gone).unlink()
     (copy / "results.json").unlink()
+    # Another config.evaluation measured this one.
+    other = copy / "points" / "best_of=2" / "results.json"
+    results = json.loads(other.read_text())
+    results["config"]["evaluation"]["cut_words"] = 7
+    results["policies"]["sft"]["id"]["gold"]["mean"] += 0.5
+    other.write_text(json.dumps(results))
     monkeypatch.chdir(ROOT)
     assert swept(copy, AXIS) == 1
     assert kept(copy) == whole
@@ -124,6 +130,14 @@ def test_a_sweep_takes_no_single_stage(tmp_path, monkeypatch, capsys):
     assert main(argv) == 2
     assert "ppo: a sweep runs as a whole" in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+def test_a_sweep_does_not_write_over_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.json").write_text("{}")
+    assert swept(tmp_path, AXIS) == 2
+    assert "holds a run of its own; name another folder for a sweep" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_points_are_every_combination_with_the_first_axis_slowest():
@@ -158,7 +172,7 @@ def test_points_are_every_combination_with_the_first_axis_slowest():
         (("seed=0; 1", "ppo.seed=0; 1"), "one axis of seeds"),
         (("files.id_sources=a; b",), "cannot be swept"),
         (("ppo.whiten_rewards=True",), "cannot be swept"),
-        (("sweep=1; 2",), "sweep: no such key"),
+        (("sweep=1; 2",), "sweep: no such key; the nearest is seed"),
     ],
 )
 def test_axes_that_mean_nothing_are_refused(axes, said):

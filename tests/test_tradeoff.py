@@ -54,11 +54,35 @@ def test_at_equal_kl_by_hand():
     curve = [measured(3.0, [2.0, 0.0, -1.0]), measured(0.5, [1.0, 1.0, 1.0]), measured(1.5, [1.5, -0.5, 0.0])]
     found = tradeoff.at_equal_kl(curve, measured(0.75, [1.0, 0.0, 2.0]))
     assert found is not None
-    # three quarters of [1, 1, 1] and a quarter of [1.5, -0.5, 0], less best-of-N's
+    # three quarters of [1, 1, 1] and a quarter of [1.5, -0.5, 0], less best-of-N's; all KLs vary alike and cancel
     assert found["gold",] == pytest.approx([1.125 - 1.0, 0.625 - 0.0, 0.75 - 2.0])
     exact = tradeoff.at_equal_kl(curve, measured(1.5, [0.0, 0.0, 0.0]))
     assert exact is not None
     assert exact["gold",] == pytest.approx([1.5, -0.5, 0.0])
+
+
+def test_at_equal_kl_each_prompt_counts_in_the_weights_too():
+    """What a prompt adds, beside the change of the plain mean of all three when it weighs a little more."""
+    rng = np.random.default_rng(4)
+    kl_PB, gold_PB = rng.normal([[0.5], [1.6], [1.0]], 0.2, (3, 9)), rng.normal(size=(3, 9))
+
+    def of(kl_B, gold_B):
+        m = Measured(list(range(9)))
+        m.add_mean(KL, m.prompts, kl_B)
+        m.add_mean(("gold",), m.prompts, gold_B)
+        return m
+
+    def at(weight_B):
+        (a, b, t), (y_a, y_b, y_t) = kl_PB @ weight_B, gold_PB @ weight_B
+        return y_a + (y_b - y_a) * (t - a) / (b - a) - y_t
+
+    found = tradeoff.at_equal_kl([of(kl_PB[0], gold_PB[0]), of(kl_PB[1], gold_PB[1])], of(kl_PB[2], gold_PB[2]))
+    assert found is not None
+    even_B, small = np.full(9, 1 / 9), 1e-6
+    assert found["gold",].mean() == pytest.approx(at(even_B))
+    for b in range(9):
+        more_B = (1 - small) * even_B + small * (np.arange(9) == b)
+        assert found["gold",][b] == pytest.approx(at(even_B) + (at(more_B) - at(even_B)) / small, abs=1e-4)
 
 
 def test_nothing_is_said_beyond_the_ends_of_a_curve_or_without_a_kl():
@@ -137,7 +161,7 @@ def test_what_a_seed_leaves_as_it_is_keeps_its_interval_over_prompts(tmp_path):
         (folder / "samples" / "ppo").mkdir()
         write_json(folder / "results.json", results)
         ran.append(tradeoff.Ran(folder.name, {}, "ppo.seed", folder))
-    found = tradeoff.write(ran, {}, tmp_path)
+    found = tradeoff.write(ran, [{}, {}], {}, tmp_path)
     assert found["seeds"] == [0, 4]
     one = recipe_results()
     for policy in ("sft", "bon"):
@@ -149,6 +173,29 @@ def test_what_a_seed_leaves_as_it_is_keeps_its_interval_over_prompts(tmp_path):
     assert n == {("bon", "sft"): 100, ("ppo", "sft"): 2, ("ppo", "bon"): 2}
     assert [p["runs"] for p in found["tradeoff"]["points"]] == [1, 1, 2]
     assert "claims" not in found  # PPO's seeds alone decide nothing about SFT
+
+
+def test_the_base_is_the_first_that_was_swept_also_where_its_first_seed_failed(tmp_path):
+    ran, results = [], recipe_results()
+    for section in ("policies", "generalisation_gap"):
+        del results[section]["bon"]
+    results["differences"] = [d for d in results["differences"] if "bon" not in (d["a"], d["b"])]
+    for s, coef in ((0, "0.8"), (1, "0.05"), (1, "0.8"), (2, "0.05"), (2, "0.8")):
+        folder = tmp_path / "points" / f"seed={s},kl_coef={coef}"
+        results["policies"]["ppo"]["id"]["gold"] = around(3.0 + s / 2 + float(coef), 0.15)
+        write_json(folder / "results.json", results | {"config": {"seed": s, "ppo": {"kl_coef": float(coef)}}})
+        ran.append(tradeoff.Ran(folder.name, {claims.KL_COEF: coef}, "seed", folder))
+    swept = [{claims.KL_COEF: coef} for _ in range(3) for coef in ("0.05", "0.8")]
+    found = tradeoff.write(ran, swept, {"seed=0,kl_coef=0.05": "no"}, tmp_path)
+    assert found["tradeoff"]["base"] == {claims.KL_COEF: "0.05"}
+    assert found["seeds"] == [1, 2]
+    assert found["policies"]["ppo"]["id"]["gold"]["mean"] == pytest.approx(3.75 + 0.05)
+    assert {c["measured"]["gold reward"]["n"] for c in found["claims"] if "gold reward" in c["measured"]} == {2}
+    by_coef = {p["setting"][claims.KL_COEF]: p["runs"] for p in found["tradeoff"]["points"] if p["policy"] == "ppo"}
+    assert by_coef == {"0.05": 2, "0.8": 3}
+    alone = tradeoff.write(ran[:1], swept, {"all others": "no"}, tmp_path)
+    assert alone["tradeoff"]["base"] == {claims.KL_COEF: "0.8"}
+    assert "claims" not in alone
 
 
 def test_the_report_of_a_sweep_shows_failures_curves_and_findings(tmp_path):

@@ -80,6 +80,9 @@ def equal_kl(found: Found) -> list[str]:
                 f"{where}, at best-of-N's KL, {figures.label(place)} of PPO less best-of-N is "
                 f"{findings.estimate(e)}: {ahead} is ahead."
             )
+    runs = {p["runs"] for p in found.results["tradeoff"].get("points", []) if p["policy"] == "bon"}
+    if said and found.results["seeds"] and runs == {1}:
+        said.append("Best-of-N is one run for all of PPO's seeds: these intervals leave its own error out.")
     return said
 
 

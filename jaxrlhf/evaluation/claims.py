@@ -49,8 +49,8 @@ def judged(runs: Sequence[Seed], base: Setting) -> list[dict[str, Any]]:
         for place in claim.places:
             try:
                 values = [claim.value(seed, place) for seed in runs]
-            except (KeyError, ZeroDivisionError):
-                continue  # not measured by every seed
+            except (KeyError, ValueError, ZeroDivisionError):
+                continue  # not measured by every seed, or a share of no diversity
             if len(values) > 1:
                 measured[label(place)] = over_seeds(values)
         if measured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,16 +36,17 @@ def best_of_n_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def write(ran: Sequence[Ran], failed: Mapping[str, str], workdir: Path) -> dict[str, Any]:
-    """Writes results.json of a sweep from its points' own.
+def write(ran: Sequence[Ran], settings: Sequence[Setting], failed: Mapping[str, str], workdir: Path) -> dict[str, Any]:
+    """Writes results.json of a sweep from its points' own; `settings` are all that were swept, the base first.
 
-    It is that of the first setting, over seeds where several were swept, and beside it "tradeoff": {"axes", "base",
-    "points", "equal_kl", "failed"}. A point there is a policy under a setting that changed it. With several seeds also
-    "claims", the paper's findings. Where a seed leaves a policy as it is, as PPO's leaves SFT, its numbers, and those of
-    two such policies beside each other, are one run's own, over prompts.
+    It is that of the base, or of the first setting that ran, over seeds where several were swept, and beside it
+    "tradeoff": {"axes", "base", "points", "equal_kl", "failed"}. A point there is a policy under a setting that changed
+    it. With several seeds also "claims", the paper's findings, of the base alone. Where a seed leaves a policy as it
+    is, as PPO's leaves SFT, its numbers, and those of two such policies beside each other, are one run's own, over
+    prompts.
     """
-    settings = [r.setting for i, r in enumerate(ran) if r.setting not in [other.setting for other in ran[:i]]]
-    by_setting = [[r for r in ran if r.setting == s] for s in settings]
+    distinct = [s for i, s in enumerate(settings) if s not in settings[:i]]
+    by_setting = [runs for s in distinct if (runs := [r for r in ran if r.setting == s])]
     read = {r.name: read_json(r.folder / "results.json") for r in ran}
     base = by_setting[0]
     found = dict(read[base[0].name])
@@ -54,7 +55,7 @@ def write(ran: Sequence[Ran], failed: Mapping[str, str], workdir: Path) -> dict[
         _restore(found, read[base[0].name], _same(base, list(read[base[0].name]["policies"])))
     found["tradeoff"] = {
         "axes": {key: list(dict.fromkeys(s[key] for s in settings)) for key in settings[0]},
-        "base": dict(settings[0]),
+        "base": dict(base[0].setting),
         "points": [p for runs in by_setting for p in _points(runs, base, read)],
         "equal_kl": _equal_kl(by_setting, read),
         "failed": dict(failed),
@@ -149,8 +150,9 @@ def _equal_kl(by_setting: Sequence[Sequence[Ran]], read: Mapping[str, Any]) -> d
 def at_equal_kl(curve: Sequence[Measured], other: Measured) -> dict[Place, np.ndarray] | None:
     """Place -> each prompt's value on a curve at the mean KL of `other`, less that of `other`; None if outside it.
 
-    Between the two nearest points of the curve, on either side, values go along a straight line; that line's weights
-    are taken as known.
+    Between the two nearest points of the curve, on either side, values go along a straight line. Its weights are
+    estimates as well, for they hang on the three mean KLs; so each prompt's value has what the prompt adds to them, to
+    the first order (the infinitesimal jackknife). That has mean 0, and makes an interval over prompts count it.
     """
     if any(KL not in m.means for m in (*curve, other)):
         return None
@@ -162,13 +164,17 @@ def at_equal_kl(curve: Sequence[Measured], other: Measured) -> dict[Place, np.nd
     a, b = max(below, key=lambda m: _mean(m, KL)), min(above, key=lambda m: _mean(m, KL))
     width = _mean(b, KL) - _mean(a, KL)
     w = (at - _mean(a, KL)) / width if width else 0.5
-    shared = [p for p in COMPARED if all(p in m.means for m in (a, b, other))]
-    return {
-        place: np.array(
-            [(1 - w) * a.means[place][k] + w * b.means[place][k] - v for k, v in other.means[place].items()]
-        )
-        for place in shared
-    }
+
+    def less(place: Place, prompts: Sequence[Hashable]) -> np.ndarray:
+        a_B, b_B, other_B = (np.array([m.means[place][k] for k in prompts]) for m in (a, b, other))
+        return (1 - w) * a_B + w * b_B - other_B
+
+    found: dict[Place, np.ndarray] = {}
+    for place in (p for p in COMPARED if all(p in m.means for m in (a, b, other))):
+        prompts = list(other.means[place])  # a prompt without a reference has no win rate
+        kl_B, slope = less(KL, prompts), (_mean(b, place) - _mean(a, place)) / width if width else 0.0
+        found[place] = less(place, prompts) - slope * (kl_B - kl_B.mean())
+    return found
 
 
 def _mean(m: Measured, place: Place) -> float:
