@@ -180,16 +180,47 @@ def test_axes_that_mean_nothing_are_refused(axes, said):
         sweep.points(Experiment(sweep=axes))
 
 
+EVERY = ["pretrain", "sft", "reward", "ppo"]
+SWEPT = {
+    "findings": EVERY,
+    "sweeps/kl": ["ppo"],
+    "sweeps/temperature": [],
+    "sweeps/best_of_n": [],
+    "sweeps/size": EVERY,
+    "tldr_nplus": [],
+}
+
+
 @pytest.mark.parametrize("variant", ["", ":smoke"])
-@pytest.mark.parametrize(
-    "recipe", ["findings", "sweeps/kl", "sweeps/temperature", "sweeps/best_of_n", "sweeps/size", "tldr_nplus"]
-)
-def test_every_sweep_that_ships_has_points(recipe, variant, monkeypatch):
+@pytest.mark.parametrize("recipe", SWEPT)
+def test_every_sweep_that_ships_trains_what_it_must_and_no_more(recipe, variant, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = sweep.points(resolve(parse(["jaxrlhf", f"--config=configs/{recipe}.py{variant}"], flags.FlagValues())[0]))
-    assert len(found) >= 2
-    for p in found:  # a base whose sizes are no longer those of the recipe would fail after hours
+    first, *others = [p.experiment for p in found]
+    assert [s for s in EVERY if any(bound(e, s) != bound(first, s) for e in others)] == SWEPT[recipe]
+    for p in found:  # what could not be would fail after hours
         assert p.experiment.sampling.best_of <= p.experiment.sampling.pool
+
+
+@pytest.mark.parametrize(
+    ("changed", "stages"),
+    [
+        ("world.annotator_temperature=2", EVERY),
+        ("sft.optim.lr=1e-4", EVERY[1:]),
+        ("reward.temperature=0.5", EVERY[2:]),
+        ("ppo.clip=0.1", EVERY[3:]),
+        ("sampling.batch_size=8", EVERY[2:]),
+        ("sampling.samples_per_prompt=3", []),
+        ("evaluation.cut_words=4", []),
+    ],
+)
+def test_what_follows_from_a_key_is_not_shared(changed, stages):
+    old = Experiment()
+    new = sweep.points(Experiment(sweep=(changed,)))[0].experiment
+    assert [s for s in EVERY if bound(old, s) != bound(new, s)] == stages
+    drawn = [p for p in ("sft", "bon", "ppo") if sampled(old, p) != sampled(new, p)]
+    only = {"ppo.clip=0.1": ["ppo"], "evaluation.cut_words=4": []}
+    assert drawn == only.get(changed, ["sft", "bon", "ppo"])
 
 
 def test_a_seed_of_ppo_alone_leaves_the_other_stages():

@@ -220,21 +220,29 @@ def shares(series: Series, splits: Mapping[str, str], x_label: str, half: str) -
 
 
 @_styled
-def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], title: str, x_label: str, y_label: str) -> bytes:
+def sweep(
+    lines: Mapping[str, Sequence[tuple[float, Estimate]]],
+    shown: Mapping[str, Look],
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> bytes:
     """A measure over a number that runs were made with: a line for each policy, a point for each run."""
-    shown = looks({policy: policy for policy in lines})
     figure = Figure((4.3, 3.2))
     ax = figure.subplots()
     for policy, points in lines.items():
         look, es = shown[policy], [e for _, e in points]
         xs, ys = [x for x, _ in points], [e["mean"] for e in es]
         ax.errorbar(xs, ys, _whiskers(es), fmt=f"{look.marker}-", color=look.colour, ms=5, lw=1.3)
-    xs = [x for points in lines.values() for x, _ in points]
-    if min(xs) > 0 and max(xs) >= 8 * min(xs):
+    xs = sorted({x for points in lines.values() for x, _ in points})
+    if xs[0] > 0 and xs[-1] >= 8 * xs[0]:
         ax.set_xscale("log")
+        ticks = xs[:: math.ceil(len(xs) / 6)]
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        ax.set_xticks([], minor=True)
     ax.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 34))
     ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
-    _legend(figure, list(shown.values()), 46)
+    _legend(figure, [shown[p] for p in lines], 46)
     return _png(figure)
 
 
@@ -242,11 +250,11 @@ def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], title: str, x_l
 def against_kl(
     lines: Mapping[str, Sequence[tuple[Estimate, Estimate]]],
     shown: Mapping[str, Look],
-    bound: float | None,
+    bounds: Sequence[float],
     title: str,
     y_label: str,
 ) -> bytes:
-    """A measure over the KL to SFT, both with intervals: a line for each policy, a dashed one at best-of-N's bound."""
+    """A measure over the KL to SFT, both with intervals: a line for each policy, dashed ones at best-of-N's bounds."""
     figure = Figure((4.3, 3.6 + 0.2 * (len(lines) // 3)))
     ax = figure.subplots()
     for policy, points in lines.items():
@@ -255,8 +263,9 @@ def against_kl(
         look = shown[policy]
         ax.errorbar(xs, ys, _whiskers(y), _whiskers(x), fmt=f"{look.marker}-", color=look.colour, ms=5, lw=1.2)
     entries = [shown[p] for p in lines]
-    if bound is not None:
+    for bound in bounds:
         ax.axvline(bound, color=shown["bon"].colour, lw=1, ls="--", zorder=1)
+    if bounds:
         entries.append(Look("closed form", shown["bon"].colour, ""))
     ax.set(xlabel=label(("kl",)), ylabel=_short(y_label, 34))
     ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")

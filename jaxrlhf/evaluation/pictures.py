@@ -71,7 +71,8 @@ def _sweeps(found: Found, places: Sequence[Place]) -> Iterator[tuple[str, bytes]
             for place in places:
                 lines = findings.swept(found, axis, place, split)
                 if lines:
-                    png = figures.sweep(lines, found.splits[split], x_label, figures.label(place))
+                    looks = figures.looks({policy: policy for policy in lines})
+                    png = figures.sweep(lines, looks, found.splits[split], x_label, figures.label(place))
                     yield f"sweep_{axis}_{i}_{place[0]}", png
 
 
@@ -79,7 +80,7 @@ def _tradeoffs(found: Found, places: Sequence[Place]) -> Iterator[tuple[str, byt
     """Of each split and measure a panel over the KL to SFT, and one over the values where a number was swept."""
     points = found.results["tradeoff"].get("points", [])
     axes = found.results["tradeoff"].get("axes", {})
-    bound = next((p["kl_bound"] for p in points if "kl_bound" in p), None)
+    bounds = list(dict.fromkeys(p["kl_bound"] for p in points if "kl_bound" in p))
     for i, split in enumerate(found.splits):
         for place in places:
             lines = {p: tradeoff.over_kl(points, p, split, place) for p in found.looks}
@@ -88,13 +89,13 @@ def _tradeoffs(found: Found, places: Sequence[Place]) -> Iterator[tuple[str, byt
                 y_label = figures.label(place)
                 yield (
                     f"curve_kl_{i}_{place[0]}",
-                    figures.against_kl(kept, found.looks, bound, found.splits[split], y_label),
+                    figures.against_kl(kept, found.looks, bounds, found.splits[split], y_label),
                 )
             for j, key in enumerate(axes):
-                over = {found.looks[p].label: tradeoff.over_axis(points, p, split, place, key) for p in found.looks}
+                over = {p: tradeoff.over_axis(points, p, split, place, key) for p in found.looks}
                 over = {p: held for p, held in over.items() if len(held) > 1}
                 if len(axes) == 1 and over:
                     yield (
                         f"curve_axis_{i}_{place[0]}_{j}",
-                        figures.sweep(over, found.splits[split], key, figures.label(place)),
+                        figures.sweep(over, found.looks, found.splits[split], key, figures.label(place)),
                     )
