@@ -86,6 +86,8 @@ def _claim(c: dict[str, Any]) -> str:
 def _equal(found: Found) -> Iterator[str]:
     lines = [line for line in captions.equal_kl(found) if line.startswith(NEAR)]
     yield from (line for line in lines if "win rate" in line or "nothing" in line)
+    bound = next(p["kl_bound"] for p in found.results["tradeoff"]["points"] if p["policy"] == "bon")
+    yield f"By the closed form, log N − (N−1)/N, best-of-N's KL is at most {bound:.3f} nats."
 
 
 def main(workdir: Path) -> None:

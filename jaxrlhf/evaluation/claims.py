@@ -153,8 +153,7 @@ CLAIMS = (
     ),
     Claim(
         "a larger KL coefficient does not buy the diversity back",
-        "PPO at the greatest coefficient less PPO at the least, less half of what the least has lost to SFT: below 0, "
-        "less than half of the loss comes back",
+        "what PPO has more at the greatest coefficient than at the least, less half of what the least lost to SFT",
         -1,
         _bought_back,
         _both(PER_INPUT),
