@@ -1,11 +1,12 @@
 """The paper's findings on the embedded world, over 5 seeds: SFT, best-of-N, PPO, DPO, GRPO, and a sweep of PPO's KL.
 
-    jaxrlhf run --config=configs/findings.py --workdir=runs/findings              # resumable; see below for how long
+    jaxrlhf run --config=configs/findings.py --workdir=runs/findings              # about 75 minutes on 2 CPU cores
     jaxrlhf run --config=configs/findings.py:smoke --workdir=runs/findings-smoke  # 2 seeds, numbers mean nothing
 
 A seed is a world, its texts, its annotators, and every stage of its own; only the base model is one. The report says of
 each finding of Kirk et al. 2024 whether it is confirmed, contradicted or undecided at this scale, by the rule it states
-(`jaxrlhf/evaluation/claims.py`). A seed that fails is named there, and the same command tries it again.
+(`jaxrlhf/evaluation/claims.py`). A run that was stopped goes on where it was; a seed that fails is named in the report, and the same command tries it
+again.
 """
 
 import runpy
