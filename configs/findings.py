@@ -5,8 +5,8 @@
 
 A seed is a world, its texts, its annotators, and every stage of its own; only the base model is one. The report says of
 each finding of Kirk et al. 2024 whether it is confirmed, contradicted or undecided at this scale, by the rule it states
-(`jaxrlhf/evaluation/claims.py`). A run that was stopped goes on where it was; a seed that fails is named in the report, and the same command tries it
-again.
+(`jaxrlhf/evaluation/claims.py`). A run that was stopped goes on where it was; a seed that fails is named in the report,
+and the same command tries it again.
 """
 
 import runpy

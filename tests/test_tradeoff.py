@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from report_workdirs import around, recipe_results
+from report_workdirs import SPLITS, around, recipe_results
 
 from jaxrlhf.evaluation import captions, claims, tradeoff
 from jaxrlhf.evaluation.measures import KL, Measured
 from jaxrlhf.evaluation.report import read_results, write_report
-from jaxrlhf.files import write_json
+from jaxrlhf.files import write_json, write_records
 from jaxrlhf.policies import best_of_n_kl
 
 EAD = ("diversity", "per_input", "ead")
@@ -32,6 +32,18 @@ def test_kl_of_best_of_n_equals_enumeration_with_ties():
             p = [score_M.count(o) / len(score_M) for o in outcomes]
             exact = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
             assert best_of_n_kl(np.array([score_M]), n)[0] == pytest.approx(exact, abs=1e-12)
+
+
+def test_kl_of_best_of_n_from_a_pool_is_hardly_biased():
+    p_M = 1 / np.arange(1, 51)
+    p_M /= p_M.sum()
+    rng, n = np.random.default_rng(0), 16
+    rank_M = rng.permutation(50)  # how good an outcome is has nothing to do with how likely
+    F = p_M[np.argsort(rank_M)].cumsum()
+    q = np.diff(F**n, prepend=0.0)
+    exact = float(np.sum(q * np.log(np.maximum(q, 1e-300) / p_M[np.argsort(rank_M)])))
+    kl_B = best_of_n_kl(rank_M[rng.choice(50, (400, 96), p=p_M)].astype(float), n)
+    assert -0.02 < kl_B.mean() - exact < 0.0
 
 
 def test_kl_of_best_of_n_nears_its_closed_form_from_below():
@@ -173,6 +185,40 @@ def test_what_a_seed_leaves_as_it_is_keeps_its_interval_over_prompts(tmp_path):
     assert n == {("bon", "sft"): 100, ("ppo", "sft"): 2, ("ppo", "bon"): 2}
     assert [p["runs"] for p in found["tradeoff"]["points"]] == [1, 1, 2]
     assert "claims" not in found  # PPO's seeds alone decide nothing about SFT
+
+
+def drawn(folder, kl_B, gold_B):
+    """A policy's samples of every split."""
+    for split in SPLITS:
+        rows = [
+            {"id": str(i), "prompt": "p", "responses": ["a b", "c"], "scores": [g, g], "gold": [g, g], "kl": kl}
+            for i, (kl, g) in enumerate(zip(kl_B, gold_B, strict=True))
+        ]
+        write_records(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def swept_twice(path, key, second_sft):
+    """A sweep of two values: PPO's at a KL of 1 and 3, best-of-N's at 1.5."""
+    ran = []
+    for name, sft, kl_B, gold_B in (("2", "sft", [0.75, 1.25], [1.0, 2.0]), ("5", second_sft, [2.5, 3.5], [5.0, -2.0])):
+        folder = path / "points" / name
+        (folder / "samples").mkdir(parents=True)
+        for policy, target in (("sft", path / sft), ("bon", path / "bon")):
+            (folder / "samples" / policy).symlink_to(drawn(target, [1.5, 1.5], [0.5, -0.25]))
+        drawn(folder / "samples" / "ppo", kl_B, gold_B)
+        write_json(folder / "results.json", recipe_results())
+        ran.append(tradeoff.Ran(name, {key: name}, "", folder))
+    return tradeoff.write(ran, [r.setting for r in ran], {}, path)["tradeoff"]["equal_kl"]
+
+
+def test_equal_kl_is_said_of_points_that_share_one_sft_alone(tmp_path):
+    told = swept_twice(tmp_path / "kl", claims.KL_COEF, "sft")
+    assert list(told) == list(SPLITS)
+    # three quarters of 1.5 and a quarter of 1.5, less 0.125
+    assert told["ood_news"]["gold"]["mean"] == pytest.approx(1.375)
+    assert told["ood_news"]["gold"]["n"] == 2
+    assert swept_twice(tmp_path / "t", "sampling.temperature", "another") == {}
 
 
 def test_the_base_is_the_first_that_was_swept_also_where_its_first_seed_failed(tmp_path):

@@ -123,18 +123,20 @@ def _equal_kl(by_setting: Sequence[Sequence[Ran]], read: Mapping[str, Any]) -> d
     """Split -> what PPO has more than best-of-N of the base at the same KL, along straight lines between PPO's points.
 
     Over seeds, else over prompts. Where PPO's points do not lie on both sides of best-of-N's KL, "outside" says in how
-    many runs, and there is no number.
+    many runs, and there is no number. Only where one key was swept, and only points that share the base's SFT, from
+    which the KL is: at another temperature it is from another policy.
     """
     base, found = by_setting[0], {}
-    if len(by_setting) < 2 or not {"ppo", "bon"} <= set(read[base[0].name]["policies"]):
+    if len(base[0].setting) != 1 or not {"ppo", "bon"} <= set(read[base[0].name]["policies"]):
         return {}
-    held = {r.name: _measured(r, read[r.name]) for runs in by_setting for r in runs}
-    for split in next(iter(held.values()))["bon"]:
-        differences = []
-        for b in base:
-            same = [r for runs in by_setting for r in runs if _seed(r, read) == _seed(b, read)]
-            curve = [held[r.name]["ppo"][split] for r in same]
-            differences.append(at_equal_kl(curve, held[b.name]["bon"][split]))
+    curves = {b.name: _curve(b, [r for runs in by_setting for r in runs], read) for b in base}
+    if all(len(curve) < 2 for curve in curves.values()):
+        return {}
+    held = {r.name: _measured(r, read[r.name]) for curve in curves.values() for r in curve}
+    for split in read[base[0].name]["policies"]["bon"]:
+        differences = [
+            at_equal_kl([held[r.name]["ppo"][split] for r in curves[b.name]], held[b.name]["bon"][split]) for b in base
+        ]
         inside = [d for d in differences if d is not None]
         if len(inside) < len(base):
             found[split] = {"outside": len(base) - len(inside), "runs": len(base)}
@@ -145,6 +147,16 @@ def _equal_kl(by_setting: Sequence[Sequence[Ran]], read: Mapping[str, Any]) -> d
             e = mean_estimate(value_SB[0]) if len(base) == 1 else over_seeds([float(v.mean()) for v in value_SB])
             put(found[split], place, e)
     return found
+
+
+def _curve(b: Ran, ran: Sequence[Ran], read: Mapping[str, Any]) -> list[Ran]:
+    """The points of a base's seed with its SFT and each with a PPO of its own, that base first."""
+
+    def folder(r: Ran, policy: str) -> Path:
+        return (r.folder / "samples" / policy).resolve()
+
+    alike = [r for r in ran if _seed(r, read) == _seed(b, read) and folder(r, "sft") == folder(b, "sft")]
+    return list({folder(r, "ppo"): r for r in reversed([b, *alike])}.values())[::-1]
 
 
 def at_equal_kl(curve: Sequence[Measured], other: Measured) -> dict[Place, np.ndarray] | None:
