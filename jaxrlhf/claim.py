@@ -35,8 +35,8 @@ def binding(resolved: dict[str, Any]) -> dict[str, Any]:
 def bound(experiment: Experiment, stage: str) -> dict[str, Any]:
     """What a training stage's checkpoints follow from: the data, the model, and the stages up to this one."""
     found = binding(_resolved(experiment))
-    # RLOO and GRPO climb the reward that config.ppo's penalties shape.
-    before = {*names.behind(stage), *(["ppo"] if stage in ("rloo", "grpo") else [])}
+    # All climb the reward that config.ppo's penalties shape.
+    before = {*names.behind(stage), *(["ppo"] if stage in names.CLIMBERS else [])}
     other = {s for s in names.TRAINED if s not in before} | ({"sampling"} if stage in ("pretrain", "sft") else set())
     # What is drawn hangs on how many prompts are drawn for at a time; the rest is for measurement.
     found["sampling"] = {"batch_size": found["sampling"]["batch_size"]}

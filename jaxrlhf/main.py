@@ -27,7 +27,7 @@ USAGE = """jaxrlhf COMMAND [flags]
                               [--sentence_encoder=DIR] [--nli_model=DIR] --workdir=runs/mine
              who wins, by a judge: --judge=length, or --judge=openai:MODEL [--judge_base_url=http://…/v1]
                               [--judge_template=instructions|tldr|cnndm|FILE] [--judge_order=both|random]
-                              [--max_requests=N] [--judge_concurrency=N] [--judge_api_key_env=NAME]
+                              [--max_requests=N, 0 = no limit] [--judge_concurrency=N] [--judge_api_key_env=NAME]
                               or --judge=reward:DIR, a reward model's [--judge_prompt=alpaca|chat|'…{instruction}…']
              for alpaca_eval: --export_alpaca_eval=FOLDER writes each as FOLDER/NAME/model_outputs.json
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
@@ -142,10 +142,11 @@ def _evaluate_outputs(argv: list[str]) -> None:
     flags.DEFINE_string("nli_model", "", "directory of an NLI classifier: nli, clusters", flag_values=values)
     settings = dataclasses.asdict(Judge(""))
     del settings["name"]
+    helps = {"max_requests": "requests that one command may send, retries included; 0 = no limit"}
     flags.DEFINE_string("judge", "", "length | openai:MODEL | reward:DIRECTORY", flag_values=values)
     for key, default in settings.items():
         define: Any = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
-        define(_judge_flag(key), default, "of a judge that reads texts", flag_values=values)
+        define(_judge_flag(key), default, helps.get(key, "of a judge that reads texts"), flag_values=values)
     flags.DEFINE_string("export_alpaca_eval", "", "folder for alpaca_eval", flag_values=values)
     parsed = _parse(argv, values)
     if not parsed.outputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 METHODS = ("dpo", "rloo", "grpo")  # trained beside PPO, where `config.methods` says so
+CLIMBERS = ("ppo", "rloo", "grpo")  # learn from the reward model's score
 TRAINED = ("pretrain", "sft", "reward", "ppo", *METHODS)
 STAGES = (*TRAINED, "sample", "evaluate", "report")
 POLICIES = ("sft", "bon", "ppo", *METHODS)

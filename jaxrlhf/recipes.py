@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from jaxrlhf.config import Experiment, build
 from jaxrlhf.evaluation.judge import check, reads_texts
 from jaxrlhf.files import UserError
-from jaxrlhf.names import METHODS, TRAINED
+from jaxrlhf.names import CLIMBERS, METHODS, TRAINED
 
 MODEL_SIZES = ("layers", "width", "heads", "ff_width", "prompt_length", "response_length")
 
@@ -166,7 +166,7 @@ def _check_ranges(e: Experiment) -> None:
         "sampling.top_p": (e.sampling.top_p, 1e-6, 1),
     }
     ranges |= {f"ppo.{k}": (getattr(e.ppo, k), 0, 1) for k in ("gamma", "lam")}
-    ranges |= {f"{s}.kl_coef": (getattr(e, s).kl_coef, 0, 1e6) for s in ("ppo", "rloo", "grpo")}
+    ranges |= {f"{s}.kl_coef": (getattr(e, s).kl_coef, 0, 1e6) for s in CLIMBERS}
     ranges |= {f"{s}.optim.lr": (getattr(e, s).optim.lr, 0, 1e3) for s in TRAINED}
     for key, (value, low, high) in ranges.items():
         if not low <= value <= high:  # NaN is in no range

@@ -92,7 +92,7 @@ def steps(mesh: jax.sharding.Mesh, folder: Path, name: str) -> None:
     state = optim.new_state(TX, ActorCritic(top=state.params.top, value=head), mesh, kl_coef=jnp.float32(0.1))
     rollout, metrics = ppo.score(ARCH, PPO, fixed, state.params, state.kl_coef, prompts, drawn)
     found |= named("rollout", (metrics, rollout))
-    state, metrics = ppo.update(ARCH, TX, PPO, state, frozen, rollout, jax.random.key(2))
+    state, metrics = ppo.update(ARCH, TX, PPO, state, fixed, rollout, jax.random.key(2))
     found |= named("ppo", (metrics, state.params, state.kl_coef))
     np.savez(folder / f"{name}.npz", **found)
 

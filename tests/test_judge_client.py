@@ -177,6 +177,7 @@ def test_what_stays_wrong_is_one_line(tmp_path, fault, kind, says):
 def test_nobody_there(tmp_path):
     with pytest.raises(UserError, match=r"failed 3 times in a row: .*is judge_base_url right"):
         run(tmp_path, "http://127.0.0.1:9/v1")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 @pytest.mark.parametrize("url", ["ftp://x/v1", "x", "http://", "http://u:p@x/v1", "http://x/v1?key=1", "http://x y/"])

@@ -66,6 +66,8 @@ def test_from_the_command_line(tmp_path, capfd):
     told = found["judge_report"]
     assert (found["judge"], told["model"], told["n_pairs"], told["n_requests"]) == ("openai:m", "m", 12, 18)
     assert (told["parse_failures"], told["consistency"]["mean"], told["position_bias"]["mean"]) == (0, 1.0, 0.0)
+    asked = {"base_url": url, "template": "instructions", "order": "both", "max_requests": 10_000, "concurrency": 8}
+    assert found["config"]["judge"] == {"name": "openai:m"} | asked
     assert {"length_controlled", "win_rate_by_length"} <= found["policies"]["sft"]["all"].keys()
     timings = [json.loads(t) for t in (tmp_path / "w" / "judge" / "timings.jsonl").read_text().splitlines()]
     assert [(t["requests_sent"], t["cached"]) for t in timings] == [(18, 0), (0, 18)]

@@ -65,7 +65,11 @@ def test_results_and_report_have_every_method(interrupted):
     assert pairs == {(p, "sft") for p in names.POLICIES[1:]} | {("ppo", "bon")} | {(m, "ppo") for m in METHODS}
     page = (path / "report" / "index.html").read_text()
     for method in METHODS:
-        assert f"{names.TITLES[method]} minus PPO" in page
+        name = names.TITLES[method]
+        assert any(
+            f"{name} {said} PPO" in page for said in ("is not told apart from", "does better than", "does worse than")
+        )
+        assert f"<h3>{name}</h3>" in page
         assert set(results["generalisation_gap"][method]) == {s for s in results["policies"]["sft"] if s != "id"}
     assert "Training curves (Pretraining): no metrics.jsonl there" in page  # and of all others there are
 

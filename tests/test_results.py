@@ -9,8 +9,9 @@ import pytest
 from jaxrlhf.config import Evaluation, Experiment
 from jaxrlhf.evaluation import results
 from jaxrlhf.evaluation.generalisation import comparisons, outcomes
+from jaxrlhf.evaluation.judge import Judge
 from jaxrlhf.evaluation.length_bias import length_controlled
-from jaxrlhf.evaluation.measures import Measured, differences, gap, gap_differences
+from jaxrlhf.evaluation.measures import Measured, against_each_other, differences, gap, gap_differences
 from jaxrlhf.files import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
@@ -84,6 +85,65 @@ def test_splits_are_all_and_one_for_each_dataset(tmp_path):
     assert "win_rate" not in found["policies"]["reference"]["all"]
 
 
+def test_the_split_that_holds_all_prompts_is_not_far_from_those_of_id(tmp_path):
+    a = answers(tmp_path, "a", ["x", "x y", "x y z", "w"], ["id", "far", "id", "far"])
+    b = answers(tmp_path, "b", ["x y", "x", "v z", "w w"], ["id", "far", "id", "far"])
+    verdicts = [
+        {"instruction": f"q{i}", "preference": p, "dataset": ("id", "far")[i % 2]} for i, p in enumerate([2, 1, 1.5, 2])
+    ]
+    named = [f"{n}={write(tmp_path / f'v{n}.json', verdicts)}" for n in "ab"]
+    found, _ = measure(tmp_path, [f"a={a}", f"b={b}"], annotations=named)
+    assert {p: set(gaps) for p, gaps in found["generalisation_gap"].items()} == {"a": {"far"}, "b": {"far"}}
+    assert [d["split"] for d in found["differences"] if "gap" in d] == ["far"]
+    assert found["generalisation_gap"]["a"]["far"]["win_rate"]["family"] == 2
+
+
+def test_without_a_far_split_there_is_no_gap(tmp_path):
+    found, _ = measure(tmp_path, [f"m={answers(tmp_path, 'a', ['x', 'y'], ['id', 'id'])}"])
+    assert found["generalisation_gap"] == {}
+
+
+@pytest.mark.parametrize("judge", ["", "length"])
+def test_no_number_hangs_on_the_order_of_the_records(tmp_path, judge):
+    """Lengths tie at the borders of the thirds, and outcomes and texts differ among them."""
+    rng = np.random.default_rng(0)
+    words = ["ab", "cd", "ef", "gh", "ij"]
+    texts = {n: [[" ".join(rng.choice(words, 1 + i % 3)) for _ in range(2)] for i in range(31)] for n in "abr"}
+    preference = rng.choice([0, 1, 2, 1.25], 31).tolist()
+
+    def found(folder, order):
+        folder.mkdir()
+        for name, rows in texts.items():
+            records = [{"instruction": f"q{i}", "output": rows[i], "dataset": ("id", "far")[i % 2]} for i in order]
+            write(folder / f"{name}.json", records)
+        verdicts = [
+            {"instruction": f"q{i}", "preference": preference[i], "output_1": "r" * (i % 4), "output_2": "s"}
+            for i in order
+        ]
+        annotations = [] if judge else [f"a={write(folder / 'v.json', verdicts)}"]
+        told = results.evaluate_outputs(
+            [f"{n}={folder / n}.json" for n in "ab"],
+            str(folder / "r.json"),
+            annotations,
+            False,
+            folder / "out",
+            print,
+            200,
+            judged_by=Judge(judge) if judge else None,
+        )
+        return {k: v for k, v in told.items() if k != "config"}
+
+    first = found(tmp_path / "first", range(31))
+    assert found(tmp_path / "other", rng.permutation(31).tolist()) == first
+    assert "win_rate_by_length" in (first["comparisons"][0] if judge else first["policies"]["a"]["all"])
+
+
+def test_every_two_of_six_policies_are_compared_and_each_of_more_with_the_first():
+    assert against_each_other(["a", "sft", "b"]) == [("a", "sft"), ("b", "sft"), ("b", "a")]
+    assert len(against_each_other([*"abcdef"])) == 15
+    assert against_each_other([*"abcdefg"]) == [(p, "a") for p in "bcdefg"]
+
+
 def test_names_that_do_not_fit_together(tmp_path):
     a = answers(tmp_path, "a", ["x"])
     verdicts = write(tmp_path / "w.json", [{"instruction": "q0", "preference": 2}])
@@ -122,11 +182,11 @@ def test_gaps_by_hand():
 def test_differences_are_paired_by_prompt_whatever_the_order():
     """Prompts differ by hundreds, the policies by about 1: only pairing can tell them apart."""
     a, b = golds(p=1.0, q=300.0, r=-200.0, only_a=7.0), golds(r=-201.5, q=299.0, p=0.25, only_b=9.0)
-    e = differences(a, b, 500)["gold"]
+    e = differences([(a, b)], 500)[0]["gold"]
     assert (e["mean"], e["n"]) == (pytest.approx((0.75 + 1.0 + 1.5) / 3), 3)
     assert -1 < e["low"] < 0.75
     assert 1.5 < e["high"] < 3
-    reverse = differences(b, a, 500)["gold"]
+    reverse = differences([(b, a)], 500)[0]["gold"]
     assert (reverse["mean"], reverse["n"]) == (pytest.approx(-e["mean"]), 3)
 
 
@@ -143,10 +203,10 @@ def test_across_input_differences_are_jackknifed_over_the_same_prompts(tmp_path)
     a, b, c = Measured([0, 1, 2, 3]), Measured([3, 2, 1, 0]), Measured([0, 1, 2, 4])
     for m, held in ((a, texts), (b, texts[::-1]), (c, texts)):
         m.add_texts([[t] for t in held], False)
-    same = differences(a, b, 100)["diversity"]["across_input"]
+    same = differences([(a, b)], 100)[0]["diversity"]["across_input"]
     assert all(abs(e[k]) < 1e-12 for e in same.values() for k in ("mean", "low", "high"))
-    assert "diversity" not in differences(a, c, 100)
-    assert differences(a, c, 100)["length"]["n"] == 3
+    assert "diversity" not in differences([(a, c)], 100)[0]
+    assert differences([(a, c)], 100)[0]["length"]["n"] == 3
 
 
 def record(i, gold, scores, **reference):
@@ -253,7 +313,7 @@ def test_samples_that_cannot_be_measured_are_named(tmp_path):
         evaluate(tmp_path)
     rows = [record(i, [1.0, 2.0], [0.0, 0.0]) for i in range(3)]
     samples(tmp_path, "sft", "id", rows)
-    samples(tmp_path, "ppo", "id", rows[::-1])
+    samples(tmp_path, "ppo", "id", rows[1:])
     with pytest.raises(UserError, match=r"ppo/id\.jsonl: its ids are not those of sft/id\.jsonl"):
         evaluate(tmp_path)
     samples(tmp_path, "ppo", "id", [rows[0], rows[1] | {"gold": [1.0]}, rows[2]])

@@ -139,8 +139,8 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 def verdicts(**estimates):
     found = report.Found({"seeds": []}, {}, {s: s for s in estimates}, [])
-    words = findings.Words("PPO", "beats SFT", "loses to SFT", "is not told apart from SFT")
-    return list(findings._said(found, {("gold",): estimates}, words))
+    words = findings.Words("beats SFT", "loses to SFT", "is not told apart from SFT")
+    return list(findings._said(found, "PPO", {("gold",): estimates}, words))
 
 
 def judged(mean, p_holm, **more):

@@ -110,8 +110,9 @@ def _measured(texts: Samples, run: Mapping[str, Any]) -> dict[str, dict[str, Mea
     by = run["judge"] if run["judge"] in BY_NUMBERS else ""
     found: dict[str, dict[str, Measured]] = {}
     for policy, split, records in ((p, s, r) for p, splits in texts.items() for s, r in splits.items() if r):
-        m, _ = results.numbers([{**r, "id": _key(r)} for r in records], by)
-        m.add_texts([r["responses"] for r in records], compat)
+        held = measures.in_order(({**r, "id": _key(r)} for r in records), lambda r: r["id"])
+        m, _ = results.numbers(held, by)
+        m.add_texts([r["responses"] for r in held], compat)
         found.setdefault(policy, {})[split] = m
     return found
 
@@ -151,8 +152,8 @@ def _across(
     for policy in (p for p in measured[a] if p in measured[b]):
         one, other = ({s: _kept(m, dropped) for s, m in measured[n][policy].items()} for n in (a, b))
         for split in (s for s in one if s in other):
-            told = measures.differences(one[split], other[split], RESAMPLES)
-            if split != "id" and all("id" in splits for splits in (one, other)):
+            told = measures.differences([(one[split], other[split])], RESAMPLES)[0]
+            if measures.far(split) and all("id" in splits for splits in (one, other)):
                 told |= {"gap": g} if (g := measures.gap_differences(one, other, split, RESAMPLES)) else {}
             if told:
                 yield {"split": split, "a": f"{a}/{policy}", "b": f"{b}/{policy}"} | told

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from jaxrlhf.evaluation.measures import CUT, Place
+from jaxrlhf.names import CLIMBERS
 
 Estimate = Mapping[str, float]  # mean, low, high, n
 Series = Mapping[str, Mapping[str, Estimate]]  # policy -> split -> estimate
@@ -110,7 +111,7 @@ CURVES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("implicit reward (nats x beta)", ("chosen_reward", "rejected_reward")),
     ),
 }
-CURVES |= dict.fromkeys(("rloo", "grpo"), CURVES["ppo"])
+CURVES |= dict.fromkeys(CLIMBERS, CURVES["ppo"])
 
 
 def label(place: Place) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,13 @@ def check(judge: Judge) -> None:
         raise UserError("judge_concurrency must be at least 1, and max_requests at least 0 (no limit)")
     if judge.name.startswith(OPENAI):
         judge_prompts.read_template(judge.template)
+
+
+def settings(judge: Judge) -> dict[str, Any]:
+    """What results.json says of how a judge was asked; not where its key comes from."""
+    asked = {"base_url", "template", "order", "max_requests", "concurrency"} if judge.name.startswith(OPENAI) else set()
+    asked |= {"prompt"} if judge.name.startswith(REWARD) else set()
+    return {"name": judge.name} | {k: v for k, v in asdict(judge).items() if k in asked}
 
 
 def decide(

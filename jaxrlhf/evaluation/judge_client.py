@@ -104,7 +104,11 @@ def replies(
             if file.tell() and not cache.read_bytes().endswith(b"\n"):
                 file.write("\n")
             session = _Session(server, secret, file)
-            known |= _ask_all(todo, session)
+            try:
+                known |= _ask_all(todo, session)
+            finally:
+                if not file.tell():
+                    cache.unlink()  # nobody answered
             sent = session.sent
     return [known[k] for k in keys], Usage(sent, cached)
 

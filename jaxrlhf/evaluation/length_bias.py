@@ -23,6 +23,7 @@ def estimates(won_B: np.ndarray, longer_B: np.ndarray, resamples: int) -> dict[s
     Returns:
       `length_controlled`, and where there are at least three prompts `win_rate_by_length`: the win rate on the third of
       the prompts where the response is longer by the least (or shorter by the most), on the next, and on the last.
+      Equal lengths on a border go by the order of the items.
     """
     found: dict[str, Any] = {"length_controlled": length_controlled(won_B, longer_B, resamples)}
     if len(won_B) >= len(THIRDS):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import combinations
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,14 +22,16 @@ from jaxrlhf.evaluation.statistics import (
     mean_estimates,
     win_rate,
 )
-from jaxrlhf.names import METHODS
 
 Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",), ("diversity", "per_input", "ead")
 Tree = dict[str, Any]
+T = TypeVar("T")
 WIN_RATE: Place = ("win_rate",)
 PROXY: Place = ("proxy_score",)
 KL: Place = ("kl",)
 GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",), PROXY)
+ALL = "all"  # the split that holds all others
+MOST_EVERY = 6  # policies of which every two are compared
 CUT = "_cut"  # ends the name of a metric of texts that were cut to one length
 LIMITS = {
     "win_rate": (0.0, 1.0),
@@ -85,6 +88,13 @@ class Measured:
             self.sets["diversity", "across_input", name + suffix] = value
 
 
+def in_order(items: Iterable[T], key: Callable[[T], Hashable]) -> list[T]:
+    """The items in the order of `rank`: resampled so, and summed up so, they give the same numbers in any order."""
+    held = list(items)
+    place_B = rank([key(item) for item in held])
+    return [item for _, item in sorted(zip(place_B.tolist(), held, strict=True), key=lambda pair: pair[0])]
+
+
 def rank(prompts: Sequence[Hashable]) -> np.ndarray:
     """Each prompt's place in an order that looks random and hangs on the prompts alone, not on their order here."""
     keys = [(zlib.crc32(repr(p).encode("utf-8", "surrogatepass")), repr(p)) for p in prompts]
@@ -112,7 +122,7 @@ def estimates(m: Measured, resamples: int) -> Tree:
     """Everything that was measured, as estimates over prompts."""
     means = {p: _array(values.values()) for p, values in m.means.items()}
     found: Tree = {"win_rate": win_rate(means.pop(WIN_RATE))} if WIN_RATE in means else {}
-    found |= _means(means, resamples, limits)
+    found |= _means([means], resamples, limits)[0]
     if compared := [k for k in m.means.get(WIN_RATE, {}) if k in m.longer]:
         won_B, longer_B = (_array(held[k] for k in compared) for held in (m.means[WIN_RATE], m.longer))
         found |= length_bias.estimates(won_B, longer_B, resamples)
@@ -121,20 +131,21 @@ def estimates(m: Measured, resamples: int) -> Tree:
     return found
 
 
-def differences(a: Measured, b: Measured, resamples: int) -> Tree:
-    """The first minus the second over the prompts that both answered, paired: what the prompts have in common cancels.
+def differences(pairs: Sequence[tuple[Measured, Measured]], resamples: int) -> list[Tree]:
+    """Of each pair the first minus the second, paired by prompt: what the prompts have in common cancels.
 
-    Means are bootstrapped over the prompts' own differences. Numbers of whole sets are jackknifed, and only where both
-    answered the same prompts.
+    Only the prompts that both answered count. Means are bootstrapped over the prompts' own differences. Numbers of
+    whole sets are jackknifed, and only where both answered the same prompts.
     """
-    shared = {place: _array(_paired(a, b, place).values()) for place in a.means}
-    found = _means({place: value_B for place, value_B in shared.items() if len(value_B)}, resamples)
-    if set(a.prompts) == set(b.prompts):
-        at = {prompt: i for i, prompt in enumerate(b.prompts)}
-        order_B = [at[prompt] for prompt in a.prompts]
-        for place in (p for p in a.sets if p in b.sets):
-            (whole_a, without_a_B), (whole_b, without_b_B) = a.sets[place], b.sets[place]
-            put(found, place, jackknife(whole_a - whole_b, without_a_B - without_b_B[order_B]))
+    shared = [{place: _array(_paired(a, b, place).values()) for place in a.means} for a, b in pairs]
+    found = _means([{p: value_B for p, value_B in held.items() if len(value_B)} for held in shared], resamples)
+    for (a, b), tree in zip(pairs, found, strict=True):
+        if set(a.prompts) == set(b.prompts):
+            at = {prompt: i for i, prompt in enumerate(b.prompts)}
+            order_B = [at[prompt] for prompt in a.prompts]
+            for place in (p for p in a.sets if p in b.sets):
+                (whole_a, without_a_B), (whole_b, without_b_B) = a.sets[place], b.sets[place]
+                put(tree, place, jackknife(whole_a - whole_b, without_a_B - without_b_B[order_B]))
     return found
 
 
@@ -157,14 +168,19 @@ def gap_differences(a: Mapping[str, Measured], b: Mapping[str, Measured], split:
     return found
 
 
-def against_each_other(policies: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs worth a difference: each policy beside SFT, or the first one; PPO beside best-of-N; others beside PPO."""
+def against_each_other(policies: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs (a, b) whose difference is taken: every two of up to six policies, of more each beside SFT or the first.
+
+    Every two of many would be so many comparisons at once that Holm's correction left little of any.
+    """
     base = "sft" if "sft" in policies else policies[0]
-    yield from ((p, base) for p in policies if p != base)
-    if {"ppo", "bon"} <= set(policies):
-        yield "ppo", "bon"
-    if "ppo" in policies and base != "ppo":
-        yield from ((p, "ppo") for p in METHODS if p in policies)
+    ordered = [base, *(p for p in policies if p != base)]
+    return [(a, b) for b, a in combinations(ordered, 2) if b == base or len(ordered) <= MOST_EVERY]
+
+
+def far(split: str) -> bool:
+    """Whether prompts of a split lie away from those of the split `id`, which `all` holds too."""
+    return split not in ("id", ALL)
 
 
 def _paired(a: Measured, b: Measured, place: Place) -> dict[Hashable, float]:
@@ -173,12 +189,13 @@ def _paired(a: Measured, b: Measured, place: Place) -> dict[Hashable, float]:
 
 
 def _means(
-    values: Mapping[Place, np.ndarray], resamples: int, within: Callable[[Place], Limits] = lambda _: ANY
-) -> Tree:
-    found: Tree = {}
-    held = mean_estimates(list(values.values()), [within(place) for place in values], resamples)
-    for place, estimate in zip(values, held, strict=True):
-        put(found, place, estimate)
+    values: Sequence[Mapping[Place, np.ndarray]], resamples: int, within: Callable[[Place], Limits] = lambda _: ANY
+) -> list[Tree]:
+    where = [(i, place) for i, held in enumerate(values) for place in held]
+    found: list[Tree] = [{} for _ in values]
+    taken = mean_estimates([values[i][p] for i, p in where], [within(p) for _, p in where], resamples)
+    for (i, place), estimate in zip(where, taken, strict=True):
+        put(found[i], place, estimate)
     return found
 
 

@@ -11,7 +11,7 @@ from jaxrlhf.evaluation import captions, claims, explorer, figures, findings, pa
 from jaxrlhf.evaluation.figures import Estimate
 from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
-from jaxrlhf.names import METHODS, POLICIES, TITLES, TRAINED
+from jaxrlhf.names import CLIMBERS, METHODS, POLICIES, TITLES, TRAINED
 
 # Parts of a number that has its own place on the page.
 PARTS = ("win_rate_by_length",)
@@ -99,7 +99,9 @@ def write_report(workdir: Path) -> Path:
         "explored": explorer.embedded(texts, found.splits),
         "gone": gone,
         "decided": list(_decided(found)),
-        "pairs": findings.pairs(found),
+        "climbers": [TITLES[p] for p in CLIMBERS if p in found.results["policies"]],
+        "methods": [m for m in METHODS if m in found.results["policies"]],
+        "pairs": findings.told_pairs(found),
         "counts": list(_counts(found)),
         "shares": shares(found.results),
         "by_length": list(_by_length(found)),
@@ -218,7 +220,7 @@ def shares(results: Mapping[str, Any]) -> bool:
 def _decided(found: Found) -> Iterator[tuple[str, list[findings.Verdict]]]:
     """Of each measure, its verdict on each pair of policies."""
     for place in found.places:
-        held = [findings.differences(found, a, b, place) for a, b in findings.pairs(found)]
+        held = [findings.differences(found, a, b, place) for a, b in findings.told_pairs(found)]
         yield figures.label(place), [findings.decide(d) for d in held]
 
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from jaxrlhf.evaluation import generalisation, judge, measures, outputs, proxy, significance, variety
 from jaxrlhf.evaluation.judge import REWARD, Judge, Match
-from jaxrlhf.evaluation.measures import KL, PROXY, WIN_RATE, Measured, against_each_other
+from jaxrlhf.evaluation.measures import ALL, KL, PROXY, WIN_RATE, Measured, against_each_other, far, in_order
+from jaxrlhf.evaluation.samples import read_sampled
 from jaxrlhf.evaluation.statistics import Estimate
-from jaxrlhf.files import UserError, read_json, read_records, write_json
+from jaxrlhf.files import UserError, read_json, write_json
 from jaxrlhf.logs import progress, say
-from jaxrlhf.names import POLICIES
 
 if TYPE_CHECKING:
     from jaxrlhf.config import Experiment
@@ -61,9 +61,9 @@ def evaluate_outputs(
     samples = {name: len(next(iter(found.responses.values()))) for name, found in answers.items()}
     for name, split in [(n, s) for n, found in answers.items() for s in _splits(found.dataset.values())]:
         found = answers[name]
-        keys = [k for k, d in found.dataset.items() if split in ("all", d)]
+        keys = [k for k, d in found.dataset.items() if split in (ALL, d)]
         m = measured[name][split] = Measured(keys)
-        judged = {k: o for k, (d, o) in verdicts.get(name, {}).items() if split in ("all", d)}
+        judged = {k: o for k, (d, o) in verdicts.get(name, {}).items() if split in (ALL, d)}
         if judged:
             m.add_mean(WIN_RATE, list(judged), list(judged.values()))
             held = answers["reference"].responses if "reference" in answers else {}
@@ -78,7 +78,7 @@ def evaluate_outputs(
         for match, won in compared
         if match.b != "reference"
         for s in _splits(answers[match.a].dataset.values())
-        if (part := {k: o for k, o in won.items() if s in ("all", answers[match.a].dataset[k])})
+        if (part := {k: o for k, o in won.items() if s in (ALL, answers[match.a].dataset[k])})
     ]
     found = {
         "schema": 1,
@@ -93,6 +93,7 @@ def evaluate_outputs(
             "cut_words": cut_words,
             "sentence_encoder": sentence_encoder,
             "nli_model": nli_model,
+            **({"judge": judge.settings(judged_by)} if judged_by else {}),
         },
         **_estimates(measured, samples, cuts, resamples),
         "comparisons": significance.corrected(_heads(jobs, resamples), null=0.5),
@@ -107,7 +108,7 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     """Measures `samples/<policy>/<split>.jsonl` of a recipe's workdir and writes `results.json`."""
     c = config.evaluation
     resamples = c.bootstrap
-    samples = _read_samples(workdir)
+    samples = read_sampled(workdir)
     _score_alike(samples)
     if c.judge.startswith(REWARD):
         _score_samples(samples, c.text_judge)
@@ -201,7 +202,7 @@ def _judge_outputs(
         one, other = (answers[n].responses if n in answers else {} for n in (a, b))
         shown = partial(judge.compared, judged_by.name)
         items = {k: (k[0], shown(one[k]), shown(other[k])) for k in one if k in other}
-        matches += [Match("all", a, b, items)] * bool(items)
+        matches += [Match(ALL, a, b, items)] * bool(items)
     if scores:
         found = [{k: _won(scores[m.a][k], scores[m.b][k]) for k in m.items} for m in matches]
         return list(zip(matches, found, strict=True)), {}
@@ -271,17 +272,15 @@ def _estimates(
 ) -> dict[str, Any]:
     """The parts of results.json that follow from what was measured."""
     pairs = [(a, b, s) for a, b in against_each_other(list(measured)) for s in measured[a] if s in measured[b]]
-    differences = []
-    for a, b, split in pairs:
-        told: dict[str, Any] = {"split": split, "a": a, "b": b}
-        told |= measures.differences(measured[a][split], measured[b][split], resamples)
-        if split != "id" and "id" in measured[a] and "id" in measured[b]:
+    held = measures.differences([(measured[a][s], measured[b][s]) for a, b, s in pairs], resamples)
+    differences = [{"split": s, "a": a, "b": b} | told for (a, b, s), told in zip(pairs, held, strict=True)]
+    for told, (a, b, split) in zip(differences, pairs, strict=True):
+        if far(split) and "id" in measured[a] and "id" in measured[b]:
             told["gap"] = measures.gap_differences(measured[a], measured[b], split, resamples)
-        differences.append(told)
     gaps = {
-        policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if split != "id"}
+        policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if far(split)}
         for policy, splits in measured.items()
-        if "id" in splits
+        if "id" in splits and any(map(far, splits))
     }
     return {
         "policies": {
@@ -332,47 +331,17 @@ def _read(
         if "reference" in answers:
             raise UserError("--outputs reference=…: that name is kept for --reference")
         answers["reference"] = outputs.read_answers([Path(reference)], "reference", log)
-    return answers, verdicts
+    kept = {name: outputs.Answers(_ordered(a.dataset), _ordered(a.responses)) for name, a in answers.items()}
+    return kept, {name: _ordered(held) for name, held in verdicts.items()}
+
+
+def _ordered(held: Mapping[outputs.Key, Any]) -> dict[outputs.Key, Any]:
+    """By prompt in an order of its own, so that no number hangs on that of the file."""
+    return {key: held[key] for key in in_order(held, lambda key: key)}
 
 
 def _splits(datasets: Iterable[str]) -> list[str]:
-    return ["all", *sorted({d for d in datasets if d and d != "all"})]
-
-
-def _read_samples(workdir: Path) -> dict[str, Samples]:
-    found = {}
-    for policy in POLICIES:
-        paths = {p.stem: p for p in (workdir / "samples" / policy).glob("*.jsonl")}
-        order = [s for s in ("id",) if s in paths] + sorted(s for s in paths if s != "id")
-        if paths:
-            found[policy] = {s: _read_split(paths[s]) for s in order}
-    if not found:
-        raise UserError(f"{workdir}/samples holds no samples; run `jaxrlhf sample` first")
-    # Head to head, record b of one policy stands against record b of the other.
-    first: dict[str, tuple[str, list[Any]]] = {}
-    for policy, splits in found.items():
-        for split, records in splits.items():
-            other, ids = first.setdefault(split, (policy, [r["id"] for r in records]))
-            if ids != [r["id"] for r in records]:
-                raise UserError(
-                    f"{workdir}/samples/{policy}/{split}.jsonl: its ids are not those of {other}/{split}.jsonl; "
-                    f"delete it and run `jaxrlhf sample` again"
-                )
-    return found
-
-
-def _read_split(path: Path) -> list[dict[str, Any]]:
-    records = read_records(path, ("id", "prompt", "responses", "scores"))
-    if not records:
-        raise UserError(f"{path}: holds no record; delete it and run `jaxrlhf sample` again")
-    n = len(records[0]["responses"])
-    for i, record in enumerate(records, 1):
-        for field in ("responses", "scores", "gold", "finished"):
-            if field in record and (not n or len(record[field]) != n):
-                raise UserError(
-                    f"{path}, record {i}: {len(record[field])} {field}; must be {max(n, 1)}, as in record 1"
-                )
-    return records
+    return [ALL, *sorted({d for d in datasets if d and d != ALL})]
 
 
 def numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.evaluation import outputs
+from jaxrlhf.evaluation.measures import in_order
 from jaxrlhf.files import UserError, read_json, read_records
+from jaxrlhf.names import POLICIES
 
 Record = Mapping[str, Any]  # "id", "prompt", "responses"; "reference", "scores", "gold", "finished" where known
 Samples = dict[str, dict[str, Sequence[Record]]]  # policy -> split
@@ -90,3 +92,44 @@ def _records(answers: outputs.Answers, split: str) -> Sequence[Record]:
         for key, texts in answers.responses.items()
         if split in ("all", answers.dataset[key])
     ]
+
+
+def read_sampled(workdir: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """What the stage `sample` left to measure: policy -> split -> records, by id in an order that is not the files'.
+
+    Raises:
+      UserError: there is none, policies have other ids on a split, or a record has other counts than its first.
+    """
+    found = {}
+    for policy in POLICIES:
+        paths = {p.stem: p for p in (workdir / "samples" / policy).glob("*.jsonl")}
+        order = [s for s in ("id",) if s in paths] + sorted(s for s in paths if s != "id")
+        if paths:
+            found[policy] = {s: _read_split(paths[s]) for s in order}
+    if not found:
+        raise UserError(f"{workdir}/samples holds no samples; run `jaxrlhf sample` first")
+    # Head to head, record b of one policy stands against record b of the other.
+    first: dict[str, tuple[str, list[Any]]] = {}
+    for policy, splits in found.items():
+        for split, records in splits.items():
+            other, ids = first.setdefault(split, (policy, [r["id"] for r in records]))
+            if ids != [r["id"] for r in records]:
+                raise UserError(
+                    f"{workdir}/samples/{policy}/{split}.jsonl: its ids are not those of {other}/{split}.jsonl; "
+                    f"delete it and run `jaxrlhf sample` again"
+                )
+    return found
+
+
+def _read_split(path: Path) -> list[dict[str, Any]]:
+    records = read_records(path, ("id", "prompt", "responses", "scores"))
+    if not records:
+        raise UserError(f"{path}: holds no record; delete it and run `jaxrlhf sample` again")
+    n = len(records[0]["responses"])
+    for i, record in enumerate(records, 1):
+        for field in ("responses", "scores", "gold", "finished"):
+            if field in record and (not n or len(record[field]) != n):
+                raise UserError(
+                    f"{path}, record {i}: {len(record[field])} {field}; must be {max(n, 1)}, as in record 1"
+                )
+    return in_order(records, lambda record: record["id"])

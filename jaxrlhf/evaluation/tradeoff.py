@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.evaluation import claims, results, samples, seeds
-from jaxrlhf.evaluation.measures import CUT, KL, PROXY, WIN_RATE, Measured, Place, Tree, limits, put, walk
+from jaxrlhf.evaluation.measures import CUT, KL, PROXY, WIN_RATE, Measured, Place, Tree, in_order, limits, put, walk
 from jaxrlhf.evaluation.statistics import Estimate, mean_estimate, over_seeds
 from jaxrlhf.files import read_json, write_json
 
@@ -198,7 +198,8 @@ def _measured(r: Ran, told: Mapping[str, Any]) -> dict[str, dict[str, Measured]]
     texts, _ = samples.read(r.folder, told)
     found: dict[str, dict[str, Measured]] = {}
     for policy in ("ppo", "bon"):
-        for split, records in texts[policy].items():
+        for split, held in texts[policy].items():
+            records = in_order(held, lambda r: r["id"])
             m, _ = results.numbers(records, told["judge"] if told["judge"] in BY_NUMBERS else "")
             m.add_texts([x["responses"] for x in records], told["config"]["evaluation"]["paper_compat"])
             found.setdefault(policy, {})[split] = m
