@@ -5,7 +5,11 @@
 
 The argument names a model (opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, llama-7b; `smoke` is a tiny OPT with random weights,
 on generated posts) and what is in-distribution: full (the default), relationships, length or sentiment. Another
-subreddit: --config.datasets.subreddits=('tifu',) with relationships.
+subreddit: --config.datasets.subreddits=('tifu',) with relationships. A third word, `paper_compat`, turns on what the
+released code does otherwise than we do and we can do as well; each is a key of its own:
+    --config.evaluation.paper_compat=True                metrics as that code computes them
+    --config.sampling.top_k=50                           the default that its measurement samples with (sl_trainer.py)
+    --config.datasets.subset_with_replacement=True       how shares below 1 are drawn (summarisation_formatting.py)
 
 Models and data come from the hub, or from your copies: --config.model.init=DIR, --config.datasets.tldr.path=DIR,
 .tldr_comparisons.path, .cnn_dailymail.path. Win rates are the reward model's own, which flatter PPO; the paper's judge
@@ -28,10 +32,11 @@ PAIRS = {"full": 92_858, "relationships": 47_000, "length": 46_411, "sentiment":
 
 
 def get_config(variant: str = "opt-125m,full") -> ConfigDict:
-    model, _, split = variant.partition(",")
+    model, split, compat, *more = [*variant.split(","), "", ""]
     split = split or "full"
-    if model not in MODELS or split not in POSTS:
-        raise ValueError(f"configs/tldr.py:{variant}: known are {', '.join(MODELS)}, then {', '.join(POSTS)}")
+    if model not in MODELS or split not in POSTS or compat not in ("", "paper_compat") or any(more):
+        known = f"{', '.join(MODELS)}, then {', '.join(POSTS)}, then paper_compat or nothing"
+        raise ValueError(f"configs/tldr.py:{variant}: known are {known}")
     c = default()
     c.name = "tldr"
     c.task = "datasets"
@@ -61,6 +66,10 @@ def get_config(variant: str = "opt-125m,full") -> ConfigDict:
     # 16 samples, T 1, nothing cut off; best of 16, per-input picks from a pool of 32 (calculate_diversity.py:52).
     c.sampling.update(samples_per_prompt=16, best_of=16, pool=32, temperature=1.0, top_k=0, top_p=1.0, batch_size=8)
     c.evaluation.update(judge="reward", judge_template="tldr")
+    if compat:
+        c.evaluation.paper_compat = True
+        c.sampling.top_k = 50
+        c.datasets.subset_with_replacement = True
     if model == "smoke":
         smoke(c)
     return c

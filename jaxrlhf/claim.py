@@ -27,8 +27,8 @@ def claim(workdir: Path, experiment: Experiment) -> bool:
 
 
 def binding(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without what changes no step: the evaluation, how the work is laid out, what is kept."""
-    return _without(resolved, ("evaluation", "mesh", "remat", "accumulate", "save_every", "keep"))
+    """A resolved config without what changes no step: evaluation, a sweep's axes, the work's layout, what is kept."""
+    return _without(resolved, ("evaluation", "sweep", "mesh", "remat", "accumulate", "save_every", "keep"))
 
 
 def _without(section: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
@@ -41,7 +41,19 @@ def bound(experiment: Experiment, stage: str) -> dict[str, Any]:
     # All climb the reward that config.ppo's penalties shape.
     before = {*names.behind(stage), *(["ppo"] if stage in names.CLIMBERS else [])}
     other = {s for s in names.TRAINED if s not in before} | ({"sampling"} if stage in ("pretrain", "sft") else set())
+    # What is drawn hangs on how many prompts are drawn for at a time; the rest is for measurement.
+    found["sampling"] = {"batch_size": found["sampling"]["batch_size"]}
     return {k: v for k, v in found.items() if k not in ("name", "methods", *other)}
+
+
+def sampled(experiment: Experiment, policy: str) -> dict[str, Any]:
+    """What the samples of a policy follow from: how it was trained, and how it is sampled and scored."""
+    how = dict(binding(_resolved(experiment))["sampling"])
+    if policy != "bon":
+        del how["best_of"]
+    if policy not in ("sft", "bon"):
+        del how["pool"]
+    return bound(experiment, "reward" if policy in ("sft", "bon") else policy) | {"sampling": how}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> Iterator[str]:

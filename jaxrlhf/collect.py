@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import hosts, names, policies, scoring
+from jaxrlhf import hosts, names, policies, rollouts, scoring, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, write_json, write_records
-from jaxrlhf.types import Top
+from jaxrlhf.types import PromptBatch, Sample, Top
 
 
 def sample(run: Run) -> None:
@@ -25,29 +27,35 @@ def sample(run: Run) -> None:
         )
     reward, policy = scoring.of_run(run), cache(run.policy)  # each checkpoint is checked and read once
     folder = run.workdir / "samples"
+    ratios = c.temperature > 0 and c.top_k == 0 and c.top_p == 1  # else SFT may never give what the policy does
     for i, (split, records) in enumerate(run.task.splits.items()):
         paths = {p: folder / p / f"{split}.jsonl" for p in names.POLICIES}
         references = _references(run, reward, records)
         there = hosts.decided(lambda paths=paths: [p for p, path in paths.items() if path.exists()])
         if not {"sft", "bon"} <= set(there):
-            pool = _respond(run, "sft", policy("sft"), reward, records, c.pool, i)
+            pool = _respond(run, "sft", policy("sft"), scoring.scored_by(run, reward), records, c.pool, i)
             first_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
             assert pool.scores_BN is not None
             rng = np.random.default_rng([run.seed("best of n"), i])
             best_BN = policies.best_of_n(pool.scores_BN, c.best_of, c.samples_per_prompt, rng)
             write_records(paths["sft"], _rows(run, records, references, pool, first_BN))
-            write_records(paths["bon"], _rows(run, records, references, pool, best_BN))
+            kl_B = policies.best_of_n_kl(_by_response(pool), c.best_of)
+            write_records(paths["bon"], _rows(run, records, references, pool, best_BN, kl_B))
         for name in (p for p in ("ppo", *names.METHODS) if p in run.config.stages and p not in there):
-            drawn = _respond(run, name, policy(name), reward, records, c.samples_per_prompt, i)
+            scored_by = scoring.scored_by(run, reward)
+            scored_by = _with_log_ratio(run, scored_by, policy(name), policy("sft")) if ratios else scored_by
+            drawn, kl_B = _respond(run, name, policy(name), scored_by, records, c.samples_per_prompt, i), None
+            if ratios and drawn.scores_BN is not None:
+                drawn, kl_B = replace(drawn, scores_BN=drawn.scores_BN[..., 0]), drawn.scores_BN[..., 1].mean(-1)
             every_BN = np.broadcast_to(np.arange(c.samples_per_prompt), (len(records), c.samples_per_prompt))
-            write_records(paths[name], _rows(run, records, references, drawn, every_BN))
+            write_records(paths[name], _rows(run, records, references, drawn, every_BN, kl_B))
     write_json(folder / "bon" / "info.json", {"best_of": c.best_of, "pool": c.pool})
     cut = batches.cut(run.task.splits, run.task.tokenizer, **run.lengths, fields=("response",))
     run.finish("sample", {"prompts": {s: len(r) for s, r in run.task.splits.items()}} | cut)
 
 
 def _respond(
-    run: Run, stage: str, top: Top, reward: scoring.Reward, records: Sequence, samples: int, index: int
+    run: Run, stage: str, top: Top, scored_by: policies.Score, records: Sequence, samples: int, index: int
 ) -> policies.Responses:
     split = list(run.task.splits)[index]
     return policies.respond(
@@ -57,9 +65,33 @@ def _respond(
         samples=samples,
         key=run.key(f"sample {stage}", index),
         generation=policies.generation(run),
-        scored_by=scoring.scored_by(run, reward),
+        scored_by=scored_by,
         title=f"{stage} on {split}",
     )
+
+
+def _with_log_ratio(run: Run, scored_by: policies.Score, top: Top, ref: Top) -> policies.Score:
+    """Beside each response's score, its log-probability less SFT's. [B * N, 2]."""
+
+    def both(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
+        token_MT = jnp.concatenate([jnp.repeat(prompts.tokens_BP, samples, 0), drawn.tokens_BR], 1)
+        mask_MT = jnp.concatenate([jnp.repeat(prompts.mask_BP, samples, 0), drawn.mask_BR], 1)
+        R, temperature = drawn.tokens_BR.shape[1], run.config.sampling.temperature
+        ratio_M = rollouts.log_ratio(run.arch, run.base[0], top, ref, token_MT, mask_MT, R, temperature)
+        return np.stack([scored_by(prompts, drawn, samples), sharding.to_host(ratio_M)], -1)
+
+    return both
+
+
+def _by_response(pool: policies.Responses) -> np.ndarray:
+    """Scores [B, M] of a pool, of equal responses the same: in a batch, equal rows can differ in the last digit."""
+    assert pool.scores_BN is not None
+    found_BM = np.zeros_like(pool.scores_BN)
+    for b, texts in enumerate(pool.texts):
+        known: dict[tuple[str, bool], float] = {}
+        for j, text in enumerate(texts):
+            found_BM[b, j] = known.setdefault((text, bool(pool.finished_BN[b, j])), float(pool.scores_BN[b, j]))
+    return found_BM
 
 
 def _references(run: Run, reward: scoring.Reward, records: Sequence) -> list[dict[str, float]]:
@@ -74,7 +106,12 @@ def _references(run: Run, reward: scoring.Reward, records: Sequence) -> list[dic
 
 
 def _rows(
-    run: Run, records: Sequence, references: list[dict[str, float]], drawn: policies.Responses, index_BN: np.ndarray
+    run: Run,
+    records: Sequence,
+    references: list[dict[str, float]],
+    drawn: policies.Responses,
+    index_BN: np.ndarray,
+    kl_B: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     assert drawn.scores_BN is not None
     rows = []
@@ -92,5 +129,7 @@ def _rows(
         if run.task.gold is not None:
             golds = [run.task.gold(record["facts"], drawn.texts[b][j], bool(drawn.finished_BN[b, j])) for j in picked]
             row["gold"] = golds
+        if kl_B is not None:
+            row["kl"] = round(float(kl_B[b]), 6)
         rows.append(row)
     return rows

@@ -126,9 +126,10 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Sft:
-    """Supervised fine-tuning on demonstrations: loss on the response and its end-of-text only."""
+    """Supervised fine-tuning on demonstrations: loss on the response and its end-of-text."""
 
     batch_size: int = 32
+    prompt_weight: float = 0.0  # loss weight of the prompt's tokens; the response's weigh 1 (N+ details: 1)
     loop: Loop = field(default_factory=Loop)
     optim: Optim = field(default_factory=Optim)
 
@@ -143,7 +144,9 @@ class Reward:
     batch_size: int = 32  # pairs
     samples_per_prompt: int = 4  # SFT samples that simulated annotators compare in pairs
     normalise_samples: int = 512  # SFT samples on which scores get mean 0 and standard deviation 1
+    unit_variance: bool = True  # False: mean 0 alone, as the N+ details have it; KL coefficients then weigh otherwise
     ensemble: int = 1  # members, each with a head and an order of the pairs of its own; see losses.combine_scores
+    temperature: float = 1.0  # of the SFT samples that are compared, and of those that scores are normalised on
     combine: str = "mean"  # mean | worst | uncertainty: how the members' normalised scores become one
     uncertainty_coef: float = 0.5  # uncertainty: the mean less this much of the variance over members
     loop: Loop = field(default_factory=Loop)
@@ -154,6 +157,7 @@ class Reward:
 class Ppo:
     """PPO with a KL penalty to the SFT policy. A step is one rollout batch and its epochs of updates."""
 
+    seed: int = 0  # of PPO's batches and samples alone, beside config.seed: another run from one SFT and reward model
     batch_size: int = 128  # prompts in a rollout batch, one response each
     epochs: int = 4
     minibatches: int = 2
@@ -278,6 +282,10 @@ class Experiment:
     name: str = "experiment"
     seed: int = 0
     task: str = "world"  # world | files | datasets
+    # Axes of a sweep: runs with every combination are trained, and what they share only once; see jaxrlhf/sweep.py.
+    # An axis is its values with semicolons between, of one key or several: "ppo.kl_coef=0.05; 0.2" or
+    # "model.layers=4 model.width=32; model.layers=6 model.width=64". The first values are the base.
+    sweep: tuple[str, ...] = ()
     methods: str = ""  # trained beside PPO and compared with it: of dpo, rloo, grpo, with commas between
     world: World = field(default_factory=World)
     files: Files = field(default_factory=Files)

@@ -84,12 +84,16 @@ class Run:
 
     def key(self, stage: str, step: int = 0) -> jax.Array:
         """The random key of a stage's step: nothing is drawn twice, nothing hangs on what ran before."""
-        stage_key = jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stage.encode()))
+        stage_key = jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(self._seeded(stage).encode()))
         return jax.random.fold_in(stage_key, step)
 
     def seed(self, stage: str) -> int:
         """The seed of a stage's batches."""
-        return zlib.crc32(f"{self.config.seed}/{stage}".encode()) % 2**31
+        return zlib.crc32(f"{self.config.seed}/{self._seeded(stage)}".encode()) % 2**31
+
+    def _seeded(self, stage: str) -> str:
+        own = self.config.ppo.seed if stage in ("ppo", "sample ppo") else 0
+        return f"{stage}, seed {own}" if own else stage
 
     def directory(self, stage: str) -> Path:
         """A stage's folder."""

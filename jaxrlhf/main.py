@@ -284,7 +284,21 @@ def _run_stages(command: str, argv: list[str]) -> None:
 
     hosts.start()
     with store.opened(str(values["workdir"].value)) as kept:
-        _run_in(kept, command, with_base(experiment, kept.local))
+        experiment = with_base(experiment, kept.local)
+        if experiment.sweep:
+            _run_sweep(kept, command, experiment)
+        else:
+            _run_in(kept, command, experiment)
+
+
+def _run_sweep(kept: Workdir, command: str, experiment: Experiment) -> None:
+    from jaxrlhf import hosts, sweep
+
+    if command != "run":
+        raise UserError(f"{command}: a sweep runs as a whole, by `jaxrlhf run`; its points are runs of their own")
+    if kept.remote or hosts.together():
+        raise UserError("config.sweep: a sweep takes one process and a local --workdir; run its points one by one")
+    sweep.run(experiment, kept.local)
 
 
 def _run_in(kept: Workdir, command: str, experiment: Experiment) -> None:

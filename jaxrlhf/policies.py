@@ -122,6 +122,16 @@ def generation(run: Run) -> sampling.Generation:
     )
 
 
+def uncut(run: Run, temperature: float) -> sampling.Generation:
+    """How policies are sampled for training: no token is left out."""
+    return sampling.Generation(
+        max_tokens=run.config.model.response_length,
+        temperature=temperature,
+        eos_id=run.task.tokenizer.eos_id,
+        pad_id=run.task.tokenizer.pad_id,
+    )
+
+
 def best_of_n(score_BM: np.ndarray, n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Indices [B, draws] of best-of-n picks from a pool of M samples a prompt: the highest score, the first on ties.
 
@@ -136,3 +146,21 @@ def best_of_n(score_BM: np.ndarray, n: int, draws: int, rng: np.random.Generator
         subset_BDN = rng.permuted(np.broadcast_to(np.arange(M), (B, draws, M)), axis=-1)[..., :n]
     picked_BD = np.take_along_axis(score_BM[:, None], subset_BDN, -1).argmax(-1)
     return np.take_along_axis(subset_BDN, picked_BD[..., None], -1)[..., 0]
+
+
+def best_of_n_kl(score_BM: np.ndarray, n: int) -> np.ndarray:
+    """KL(best-of-n || policy) in nats [B], of the best of n draws from each prompt's pool of M samples.
+
+    Samples of one score are one outcome, so equal responses must have equal scores. An outcome of probability p, with F
+    at or below it, is the best with q = F^n - (F - p)^n, and KL = sum of q log(q / p) (Beirami et al. 2024).
+    Taken of the pool, it is a little too low: by 0.01 nats for n = 16, M = 96 and fifty outcomes by Zipf's law. Where
+    all M differ it comes close to the closed form `tradeoff.best_of_n_bound`, which is right for responses that never
+    repeat and an upper bound for others.
+    """
+    found = []
+    for score_M in score_BM:
+        p = np.unique(score_M, return_counts=True)[1] / len(score_M)
+        F = p.cumsum()
+        q = F**n - np.maximum(F - p, 0.0) ** n
+        found.append(float(np.sum(q * np.log(np.maximum(q, np.finfo(float).tiny) / p))))
+    return np.array(found)

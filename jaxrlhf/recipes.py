@@ -162,6 +162,9 @@ def _check_methods(e: Experiment) -> None:
 def _check_ranges(e: Experiment) -> None:
     ranges = {
         "seed": (e.seed, 0, 2**31 - 1),
+        "ppo.seed": (e.ppo.seed, 0, 2**31 - 1),
+        "sft.prompt_weight": (e.sft.prompt_weight, 0, 1e6),
+        "reward.temperature": (e.reward.temperature, 1e-6, 1e6),
         "world.annotator_temperature": (e.world.annotator_temperature, 1e-6, 1e6),
         "ppo.forward_kl_coef": (e.ppo.forward_kl_coef, 0, 1e6),
         "reward.uncertainty_coef": (e.reward.uncertainty_coef, 0, 1e6),

@@ -145,13 +145,14 @@ def check_pairs(run: Run, pairs: Mapping[str, Sequence]) -> None:
     if not pairs["train"]:
         raise UserError(
             f"{run.directory('reward')}: no pair to learn from, all SFT samples of a prompt are equal; "
-            "raise config.sampling.temperature or config.reward.samples_per_prompt in another --workdir"
+            "raise config.reward.temperature or config.reward.samples_per_prompt in another --workdir"
         )
 
 
 def normalisation(run: Run, reward: scoring.Reward) -> dict[str, Any]:
     """Mean and standard deviation of the scores of SFT samples, to which the reward model is then normalised.
 
+    The deviation counts as 1 where `config.reward.unit_variance` is off.
     Of an ensemble, lists: each member is normalised by its own.
     """
     c = run.config.reward
@@ -164,13 +165,13 @@ def normalisation(run: Run, reward: scoring.Reward) -> dict[str, Any]:
         records,
         samples=c.samples_per_prompt,
         key=run.key("normalise"),
-        generation=policies.generation(run),
+        generation=policies.uncut(run, run.config.reward.temperature),
         scored_by=lambda *asked: np.stack([score(*asked) for score in scorers], -1),
         title="normalise",
     )
     assert drawn.scores_BN is not None
     each = [np.ascontiguousarray(x) for x in np.moveaxis(drawn.scores_BN, -1, 0)]
-    means, stds = [float(x.mean()) for x in each], [max(float(x.std()), 1e-6) for x in each]
+    means, stds = [float(x.mean()) for x in each], [max(float(x.std()), 1e-6) if c.unit_variance else 1.0 for x in each]
     alone = not isinstance(reward, Ensemble)
     return {"mean": means[0] if alone else means, "std": stds[0] if alone else stds, "n": each[0].size}
 
@@ -232,7 +233,7 @@ def _compare(run: Run, top: Top, split: str, records: Sequence, index: int) -> l
         records,
         samples=samples,
         key=run.key("preferences", index),
-        generation=policies.generation(run),
+        generation=policies.uncut(run, run.config.reward.temperature),
         title=f"preferences ({split})",
     )
     rng = np.random.default_rng([run.seed("annotators"), index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +53,35 @@ def read(
     """Log-probability and entropy [B, R] at the last R tokens, from `final_states`."""
     logits_BRV = model.logits(arch, frozen, top, final_BRD)
     return losses.token_logp(logits_BRV, token_BT[:, -final_BRD.shape[1] :], temperature)
+
+
+@partial(jax.jit, static_argnames=("arch", "responses", "temperature"))
+def log_ratio(
+    arch: model.Architecture,
+    frozen: Frozen,
+    top: Top,
+    ref: Top,
+    token_BT: jax.Array,
+    mask_BT: jax.Array,
+    responses: int,
+    temperature: float,
+) -> jax.Array:
+    """Log-probability [B] of each row's last `responses` tokens, less the reference's, in nats.
+
+    Its mean over the policy's own samples is an unbiased estimate of KL(policy || reference) a response, both at this
+    temperature. One position's logits are held at a time.
+    """
+    hidden_BTD = model.trunk(arch, frozen, token_BT, mask_BT)
+    final, ref_final = (final_states(arch, t, token_BT, hidden_BTD, mask_BT, responses) for t in (top, ref))
+
+    def at(x: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        own_BD, ref_BD, token_B = x
+        logits = (model.logits(arch, frozen, t, h_BD) for t, h_BD in ((top, own_BD), (ref, ref_BD)))
+        logp_B, ref_logp_B = (losses.token_logp(logits_BV, token_B, temperature)[0] for logits_BV in logits)
+        return logp_B - ref_logp_B
+
+    ratio_RB = jax.lax.map(at, (final.swapaxes(0, 1), ref_final.swapaxes(0, 1), token_BT[:, -responses:].T))
+    return (ratio_RB.T * mask_BT[:, -responses:]).sum(-1)
 
 
 def forward_kl(
@@ -172,12 +202,7 @@ def train(
         prompt_length=run.config.model.prompt_length,
         seed=run.seed(stage),
     )
-    gen = sampling.Generation(
-        max_tokens=run.config.model.response_length,
-        temperature=c.temperature,
-        eos_id=run.task.tokenizer.eos_id,
-        pad_id=run.task.tokenizer.pad_id,
-    )
+    gen = policies.uncut(run, c.temperature)
 
     def step(state: TrainState, i: int) -> tuple[TrainState, dict]:
         batch = sharding.shard_step(prompts, i, run.mesh)

@@ -105,6 +105,6 @@ def pretrain(run: Run) -> None:
 
 
 def sft(run: Run) -> None:
-    """Supervised fine-tuning of TOP on demonstrations, with loss on the response and its end-of-text only."""
+    """Supervised fine-tuning of TOP on demonstrations; loss on the prompt as `config.sft.prompt_weight` says."""
     frozen, top = run.base
-    train(run, "sft", frozen, top, run.task.demonstrations, run.task.validation, 0.0)
+    train(run, "sft", frozen, top, run.task.demonstrations, run.task.validation, run.config.sft.prompt_weight)

@@ -13,7 +13,7 @@ import pytest
 
 from jaxrlhf import checkpoint, optim, sharding
 from jaxrlhf.claim import bound, claim
-from jaxrlhf.config import Experiment, Loop, Mesh, Ppo, Sampling, Sft
+from jaxrlhf.config import Experiment, Loop, Mesh, Ppo, Reward, Sampling, Sft
 from jaxrlhf.files import Failure, UserError
 
 TX = optax.adam(0.1)
@@ -158,7 +158,9 @@ def test_a_config_binds_a_stages_checkpoints_as_far_as_they_follow_from_it():
     plain = Experiment()
     for other, differs in (
         (Experiment(ppo=Ppo(kl_coef=0.3)), ["ppo"]),
-        (Experiment(sampling=Sampling(top_k=3)), ["reward", "ppo"]),
+        (Experiment(sampling=Sampling(top_k=3)), []),
+        (Experiment(sampling=Sampling(batch_size=3)), ["reward", "ppo"]),
+        (Experiment(reward=Reward(temperature=0.7)), ["reward", "ppo"]),
         (Experiment(sft=Sft(batch_size=7)), ["sft", "reward", "ppo"]),
         (Experiment(sft=Sft(loop=Loop(save_every=7, keep=9)), mesh=Mesh(fsdp=2)), []),
         (Experiment(seed=1), ["pretrain", "sft", "reward", "ppo"]),

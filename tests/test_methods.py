@@ -86,6 +86,22 @@ def close(a, b, tolerance=2e-5):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), a, b)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_ratios_are_those_of_whole_responses_read_without_padding(drawn, temperature):
+    prompts, found = drawn
+    token_BT = jnp.concatenate([prompts.tokens_BP, found.tokens_BR], 1)
+    mask_BT = jnp.concatenate([prompts.mask_BP, found.mask_BR], 1)
+    ratio_B = rollouts.log_ratio(ARCH, FROZEN, POLICY, REF, token_BT, mask_BT, R, temperature)
+    for ratio, row, mask, response in zip(ratio_B, token_BT, mask_BT, found.mask_BR, strict=True):
+        ids, words = row[mask > 0][None], int(response.sum())
+        whole, expected = jnp.ones(ids.shape), 0.0
+        for top, sign in ((POLICY, 1), (REF, -1)):
+            final = model.run_top(ARCH, top, ids, model.trunk(ARCH, FROZEN, ids, whole), whole)
+            logp_TV = jax.nn.log_softmax(model.logits(ARCH, FROZEN, top, final)[0] / temperature)
+            expected += sign * sum(float(logp_TV[t - 1, ids[0, t]]) for t in range(ids.shape[1] - words, ids.shape[1]))
+        assert float(ratio) == pytest.approx(expected, abs=1e-4)
+
+
 # Groups.
 
 

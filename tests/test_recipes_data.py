@@ -41,13 +41,39 @@ def test_alpacafarm_numbers(monkeypatch):
     assert c.ppo.batch_size // c.ppo.minibatches == 256
 
 
-@pytest.mark.parametrize("recipe", ["tldr.py:opt-175b", "tldr.py:smoke,short", "alpacafarm.py:opt-125m"])
+def test_paper_compat_is_one_word_or_single_keys(monkeypatch):
+    whole = load("tldr.py:opt-125m,length,paper_compat", monkeypatch)
+    keys = ("evaluation.paper_compat=True", "sampling.top_k=50", "datasets.subset_with_replacement=True")
+    assert load("tldr.py:opt-125m,length", monkeypatch, *(f"--config.{k}" for k in keys)) == whole
+    assert load("tldr.py:opt-125m,length", monkeypatch) != whole
+
+
+def test_nplus_is_what_its_sources_say(monkeypatch):
+    c = load("tldr_nplus.py:2.8b", monkeypatch)
+    assert c.model.init == "EleutherAI/pythia-2.8b-deduped"
+    assert (c.sft.loop.steps, c.reward.loop.steps, c.ppo.loop.steps) == (911, 1450, 1953)  # an epoch, and 1M episodes
+    assert (c.sft.prompt_weight, c.reward.unit_variance, c.ppo.eos_missing) == (1.0, False, -1.0)
+    assert {s.optim.lr for s in (c.sft, c.reward, c.ppo)} == {3e-6}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "tldr_nplus.py:12b",
+        "tldr.py:opt-175b",
+        "tldr.py:smoke,short",
+        "tldr.py:smoke,full,compat",
+        "alpacafarm.py:opt-125m",
+    ],
+)
 def test_unknown_variants_are_named(recipe, monkeypatch):
     with pytest.raises(UserError, match="known are"):
         load(recipe, monkeypatch)
 
 
-@pytest.mark.parametrize("recipe", [*(f"tldr.py:smoke,{split}" for split in TLDR), "alpacafarm.py:smoke"])
+@pytest.mark.parametrize(
+    "recipe", [*(f"tldr.py:smoke,{split}" for split in TLDR), "alpacafarm.py:smoke", "tldr_nplus.py:smoke"]
+)
 def test_smoke_data_gives_every_stage_what_it_needs(recipe, monkeypatch, tmp_path):
     c = load(recipe, monkeypatch)
     made = task.load(c, tmp_path, lambda said: None)

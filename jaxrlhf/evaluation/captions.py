@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from jaxrlhf.evaluation import figures, findings
 from jaxrlhf.evaluation.figures import Estimate
 from jaxrlhf.evaluation.findings import Found
+from jaxrlhf.evaluation.measures import walk
 
 
 def sure(found: Found) -> str:
@@ -59,6 +60,29 @@ def sweep(found: Found) -> list[str]:
                     f"From {swept['key']} {low:g} to {high:g}, {figures.label(place)} of {policy} on "
                     f"{found.splits[split]} goes from {findings.estimate(first)} to {findings.estimate(last)}."
                 )
+    return said
+
+
+def equal_kl(found: Found) -> list[str]:
+    """Who is ahead at best-of-N's KL: PPO, best-of-N, or neither by the interval."""
+    said = []
+    for split, told in found.results["tradeoff"].get("equal_kl", {}).items():
+        where = "In distribution" if split == "id" else f"On {found.splits[split]}"
+        if "outside" in told:
+            said.append(
+                f"{where}, PPO's points do not lie on both sides of best-of-N's KL in {told['outside']} of "
+                f"{told['runs']} runs; nothing is said at equal KL."
+            )
+            continue
+        for place, e in walk(told):
+            ahead = "PPO" if e["low"] > 0 else "best-of-N" if e["high"] < 0 else "neither"
+            said.append(
+                f"{where}, at best-of-N's KL, {figures.label(place)} of PPO less best-of-N is "
+                f"{findings.estimate(e)}: {ahead} is ahead."
+            )
+    runs = {p["runs"] for p in found.results["tradeoff"].get("points", []) if p["policy"] == "bon"}
+    if said and found.results["seeds"] and runs == {1}:
+        said.append("Best-of-N is one run for all of PPO's seeds: these intervals leave its own error out.")
     return said
 
 

@@ -68,6 +68,7 @@ LABELS: dict[Place, str] = {
     ("score",): "reward-model score",
     ("proxy_score",): "proxy score, by the judge",
     ("length",): "length (words)",
+    ("kl",): "KL to SFT (nats a response)",
 }
 # Not the reader's matplotlibrc: the picture is the same on every machine.
 _styled = matplotlib.style.context(["default", STYLE])
@@ -220,21 +221,56 @@ def shares(series: Series, splits: Mapping[str, str], x_label: str, half: str) -
 
 
 @_styled
-def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], title: str, x_label: str, y_label: str) -> bytes:
+def sweep(
+    lines: Mapping[str, Sequence[tuple[float, Estimate]]],
+    shown: Mapping[str, Look],
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> bytes:
     """A measure over a number that runs were made with: a line for each policy, a point for each run."""
-    shown = looks({policy: policy for policy in lines})
     figure = Figure((4.3, 3.2))
     ax = figure.subplots()
     for policy, points in lines.items():
         look, es = shown[policy], [e for _, e in points]
         xs, ys = [x for x, _ in points], [e["mean"] for e in es]
         ax.errorbar(xs, ys, _whiskers(es), fmt=f"{look.marker}-", color=look.colour, ms=5, lw=1.3)
-    xs = [x for points in lines.values() for x, _ in points]
-    if min(xs) > 0 and max(xs) >= 8 * min(xs):
+    xs = sorted({x for points in lines.values() for x, _ in points})
+    if xs[0] > 0 and xs[-1] >= 8 * xs[0]:
         ax.set_xscale("log")
+        ticks = xs[:: math.ceil(len(xs) / 6)]
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        ax.set_xticks([], minor=True)
     ax.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 34))
     ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
-    _legend(figure, list(shown.values()), 46)
+    _legend(figure, [shown[p] for p in lines], 46)
+    return _png(figure)
+
+
+@_styled
+def against_kl(
+    lines: Mapping[str, Sequence[tuple[Estimate, Estimate]]],
+    shown: Mapping[str, Look],
+    bounds: Sequence[float],
+    title: str,
+    y_label: str,
+) -> bytes:
+    """A measure over the KL to SFT, both with intervals: a line for each policy, dashed ones at best-of-N's bounds."""
+    figure = Figure((4.3, 3.6 + 0.2 * (len(lines) // 3)))
+    ax = figure.subplots()
+    for policy, points in lines.items():
+        x, y = zip(*points, strict=True)
+        xs, ys = [e["mean"] for e in x], [e["mean"] for e in y]
+        look = shown[policy]
+        ax.errorbar(xs, ys, _whiskers(y), _whiskers(x), fmt=f"{look.marker}-", color=look.colour, ms=5, lw=1.2)
+    entries = [shown[p] for p in lines]
+    for bound in bounds:
+        ax.axvline(bound, color=shown["bon"].colour, lw=1, ls="--", zorder=1)
+    if bounds:
+        entries.append(Look("closed form", shown["bon"].colour, ""))
+    ax.set(xlabel=label(("kl",)), ylabel=_short(y_label, 34))
+    ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
+    _legend(figure, entries, 46)
     return _png(figure)
 
 

@@ -28,6 +28,7 @@ Tree = dict[str, Any]
 T = TypeVar("T")
 WIN_RATE: Place = ("win_rate",)
 PROXY: Place = ("proxy_score",)
+KL: Place = ("kl",)
 GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",), PROXY)
 ALL = "all"  # the split that holds all others
 MOST_EVERY = 6  # policies of which every two are compared
@@ -36,6 +37,7 @@ LIMITS = {
     "win_rate": (0.0, 1.0),
     "length_controlled": (0.0, 1.0),
     "length": (0.0, math.inf),
+    "kl": (0.0, math.inf),  # of a policy; one prompt's estimate can lie below
     "ead": (0.0, math.inf),
     "distinct": (0.0, 1.0),
     "cosine": (0.0, 1.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from jaxrlhf.evaluation import figures, findings
+from jaxrlhf.evaluation import figures, findings, tradeoff
 from jaxrlhf.evaluation.figures import Estimate
 from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.evaluation.measures import CUT, Place
@@ -47,6 +47,7 @@ def draw(found: Found, accuracy: Mapping[str, Mapping[str, Estimate]]) -> dict[s
         points = {p: {s: (x[p][s], y[p][s]) for s in y[p] if s in x[p]} for p in y if p in x}
         pictures["tradeoff"] = figures.tradeoff(points, looks, splits, figures.label(varied), figures.label(best))
     pictures |= dict(_sweeps(found, [p for p in (best, varied) if p]))
+    pictures |= dict(_tradeoffs(found, [p for p in (best, varied) if p]))
     if accuracy:
         rows = {s: findings.split_label(s) for held in accuracy.values() for s in held}
         pictures["accuracy"] = figures.shares(accuracy, rows, "share of pairs ranked as the judge does", "chance")
@@ -70,5 +71,31 @@ def _sweeps(found: Found, places: Sequence[Place]) -> Iterator[tuple[str, bytes]
             for place in places:
                 lines = findings.swept(found, axis, place, split)
                 if lines:
-                    png = figures.sweep(lines, found.splits[split], x_label, figures.label(place))
+                    looks = figures.looks({policy: policy for policy in lines})
+                    png = figures.sweep(lines, looks, found.splits[split], x_label, figures.label(place))
                     yield f"sweep_{axis}_{i}_{place[0]}", png
+
+
+def _tradeoffs(found: Found, places: Sequence[Place]) -> Iterator[tuple[str, bytes]]:
+    """Of each split and measure a panel over the KL to SFT, and one over the values where a number was swept."""
+    points = found.results["tradeoff"].get("points", [])
+    axes = found.results["tradeoff"].get("axes", {})
+    bounds = list(dict.fromkeys(p["kl_bound"] for p in points if "kl_bound" in p))
+    for i, split in enumerate(found.splits):
+        for place in places:
+            lines = {p: tradeoff.over_kl(points, p, split, place) for p in found.looks}
+            if any(len(held) > 1 for held in lines.values()):
+                kept = {p: held for p, held in lines.items() if held}
+                y_label = figures.label(place)
+                yield (
+                    f"curve_kl_{i}_{place[0]}",
+                    figures.against_kl(kept, found.looks, bounds, found.splits[split], y_label),
+                )
+            for j, key in enumerate(axes):
+                over = {p: tradeoff.over_axis(points, p, split, place, key) for p in found.looks}
+                over = {p: held for p, held in over.items() if len(held) > 1}
+                if len(axes) == 1 and over:
+                    yield (
+                        f"curve_axis_{i}_{place[0]}_{j}",
+                        figures.sweep(over, found.looks, found.splits[split], key, figures.label(place)),
+                    )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.evaluation import captions, explorer, figures, findings, page, pictures, samples, tables
+from jaxrlhf.evaluation import captions, claims, explorer, figures, findings, page, pictures, samples, tables
 from jaxrlhf.evaluation.figures import Estimate
 from jaxrlhf.evaluation.findings import ALL, Found
 from jaxrlhf.files import UserError, read_json, read_records, write_text
@@ -87,7 +87,12 @@ def write_report(workdir: Path) -> Path:
         "notes": [(k.replace("_", " "), n) for k, n in _json(workdir / "data" / "notes.json").items() if n],
         "said": findings.sentences(found),
         "seen": {TITLES[s]: captions.curves(s, rows) for s, rows in metrics.items()}
-        | {"accuracy": captions.accuracy(accuracy), "sweep": captions.sweep(found), "sure": captions.sure(found)},
+        | {
+            "accuracy": captions.accuracy(accuracy),
+            "sweep": captions.sweep(found),
+            "equal_kl": captions.equal_kl(found),
+            "sure": captions.sure(found),
+        },
         "tables": [(p, findings.series(found, p)) for p in (findings.performance(found), findings.variety(found)) if p],
         "curves": {s: [(n, title) for n, title, _ in panels] for s, panels in curves.items() if panels},
         "accuracy": accuracy,
@@ -104,6 +109,7 @@ def write_report(workdir: Path) -> Path:
         "cuts": _cuts(found),
         "rows": estimates,
         "copies": copies,
+        "rule": claims.RULE,
     }
     context["absent"] = list(_absent(found, context))
     pictures.write(workdir / "report" / "figures", drawn)
@@ -129,7 +135,16 @@ def read_results(workdir: Path) -> Found:
         raise UserError(f"{path}: no policies in it; `jaxrlhf evaluate` writes it anew")
     empty: dict[str, Any] = {key: {} for key in ("config", "sampling", "generalisation_gap", "diversity_by_length")}
     empty |= {"differences": [], "comparisons": [], "task": "", "judge": "", "judge_report": {}}
-    empty |= {"compared": {}, "differing": {}, "sweep": {}, "remarks": [], "seeds": [], "missing": []}
+    empty |= {
+        "tradeoff": {},
+        "claims": [],
+        "compared": {},
+        "differing": {},
+        "sweep": {},
+        "remarks": [],
+        "seeds": [],
+        "missing": [],
+    }
     results = empty | read
     n = results["sampling"].get("bon", {}).get("best_of", "N")
     known = {p: TITLES[p] for p in POLICIES if p != "bon"} | {"bon": f"best-of-{n}"}

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrlhf.evaluation import generalisation, judge, measures, outputs, proxy, significance, variety
 from jaxrlhf.evaluation.judge import REWARD, Judge, Match
-from jaxrlhf.evaluation.measures import ALL, PROXY, WIN_RATE, Measured, against_each_other, far, in_order
+from jaxrlhf.evaluation.measures import ALL, KL, PROXY, WIN_RATE, Measured, against_each_other, far, in_order
 from jaxrlhf.evaluation.samples import read_sampled
 from jaxrlhf.evaluation.statistics import Estimate
 from jaxrlhf.files import UserError, read_json, write_json
@@ -358,6 +358,8 @@ def numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np
             reference_B1 = np.array([[records[b][f"reference_{key}"]] for b in against], np.float64)
             won_B = generalisation.outcomes(judged_BN[against], reference_B1)
             m.add_mean(WIN_RATE, [m.prompts[b] for b in against], won_B)
+    if all("kl" in r for r in records):
+        m.add_mean(KL, m.prompts, [r["kl"] for r in records])
     for name, column in columns.items():
         if all(column in r for r in records):
             m.add_mean((name,), m.prompts, [float(np.mean(r[column])) for r in records])

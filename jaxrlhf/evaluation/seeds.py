@@ -35,8 +35,8 @@ def write_combined(runs: Sequence[str], workdir: Path) -> dict[str, Any]:
     return found
 
 
-def combine(runs: Sequence[Results]) -> dict[str, Any]:
-    """What runs that differ in `config.seed` alone say together: a tree as that of results.json, over seeds.
+def combine(runs: Sequence[Results], key: str = "seed") -> dict[str, Any]:
+    """What runs that differ in one seed, `config.<key>`, say together: a tree as that of results.json, over seeds.
 
     Every estimate is `over_seeds` of the runs' means, n the number of seeds. Differences and gaps are each run's own,
     and so paired within a seed; they are judged anew, with Holm's correction. What some runs lack, and metrics of texts
@@ -46,13 +46,13 @@ def combine(runs: Sequence[Results]) -> dict[str, Any]:
     Raises:
       UserError: fewer than two runs, a seed twice, or a key in which they differ, named.
     """
-    seeds = [_seed(run, i) for i, run in enumerate(runs, 1)]
+    seeds = [_seed(run, i, key) for i, run in enumerate(runs, 1)]
     if len(runs) < 2:
         raise UserError("--seeds: one run has no interval over seeds; give the flag twice or more")
     for seed, run in zip(seeds, runs, strict=True):
         if seeds.count(seed) > 1:
-            raise UserError(f"--seeds: {seeds.count(seed)} runs have config.seed={seed}; each seed counts once")
-        _check_alike(runs[0], run, seed)
+            raise UserError(f"--seeds: {seeds.count(seed)} runs have config.{key}={seed}; each seed counts once")
+        _check_alike(runs[0], run, seed, key)
     tree, missing = _over(dict(zip(seeds, map(_indexed, runs), strict=True)))
     for policy, splits in tree["policies"].items():
         for split, m in splits.items():
@@ -89,22 +89,27 @@ def _read(path: Path) -> Results:
     return found
 
 
-def _seed(run: Results, i: int) -> int:
+def value(config: Mapping[str, Any], key: str) -> Any:
+    """A config's value at a dotted key."""
+    return dict(_flat(config, ""))[key]
+
+
+def _seed(run: Results, i: int, key: str) -> int:
     config = run.get("config")
     if not isinstance(config, Mapping) or "seed" not in config:
         raise UserError(f"--seeds, run {i}: its results.json has no config.seed; only a recipe's runs have seeds")
-    return config["seed"]
+    return value(config, key)
 
 
-def _check_alike(first: Results, run: Results, seed: int) -> None:
+def _check_alike(first: Results, run: Results, seed: int, swept: str) -> None:
     one, other = (
         {k: r.get(k) for k in ("schema", "task", "judge")} | dict(_flat(r["config"], "config.")) for r in (first, run)
     )
     for key in one | other:
-        if key != "config.seed" and one.get(key) != other.get(key):
+        if key != f"config.{swept}" and one.get(key) != other.get(key):
             raise UserError(
                 f"--seeds: {key} is {one.get(key)!r} in the first run and {other.get(key)!r} in that of seed {seed}; "
-                "the runs must differ in config.seed alone"
+                f"the runs must differ in config.{swept} alone"
             )
 
 
