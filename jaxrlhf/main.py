@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ USAGE = """jaxrlhf COMMAND [flags]
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
   export     a trained model as a directory that transformers loads:
              jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|reward --to=DIR
+  bench      seconds and memory of a step, beside those of peers that are installed, as a JSON line or a table of all:
+             jaxrlhf bench sample|sft|reward|ppo|all [--shape=small|opt125m | --config=RECIPE] [--repeats=N]
 
 Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jaxrlhf/config.py.
 """
@@ -70,14 +73,14 @@ def _dispatch(argv: list[str]) -> None:
     if command in ("help", "-h", "--help", "--helpfull"):
         print(USAGE, end="")
         return
-    exchanges = {"import": _import, "export": _export}
-    if command not in ("run", *STAGES, *exchanges):
-        raise UserError(f"{command!r} is no command; known are {', '.join(('run', *STAGES, *exchanges))}")
+    others = {"import": _import, "export": _export, "bench": _bench}
+    if command not in ("run", *STAGES, *others):
+        raise UserError(f"{command!r} is no command; known are {', '.join(('run', *STAGES, *others))}")
     rest = [argv[0], *argv[2:]]
     if any(a in ("-h", "--help") for a in rest):
         print(USAGE, end="")
-    elif command in exchanges:
-        exchanges[command](rest)
+    elif command in others:
+        others[command](rest)
     elif command == "evaluate" and not _has(rest, "config"):
         _evaluate_outputs(rest)
     elif command == "report" and not _has(rest, "config"):
@@ -97,12 +100,16 @@ def _values() -> flags.FlagValues:
 
 
 def _parse(argv: list[str], values: flags.FlagValues) -> Any:
+    _finish_parsing(_flags(argv, values), values)
+    return values
+
+
+def _flags(argv: list[str], values: flags.FlagValues) -> list[str]:
+    """Sets the flags; returns the words that are none."""
     try:
-        extra = values(argv)[1:]
+        return list(values(argv)[1:])
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from None
-    _finish_parsing(extra, values)
-    return values
 
 
 def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
@@ -195,6 +202,35 @@ def _export(argv: list[str]) -> None:
     say(f"{parsed.to} written; transformers loads it")
 
 
+def _bench(argv: list[str]) -> None:
+    from jaxrlhf import recipes
+    from jaxrlhf.bench import command
+    from jaxrlhf.bench.work import SHAPES, STEPS, Work, of_shape
+
+    values = flags.FlagValues()
+    flags.DEFINE_enum("shape", "small", list(SHAPES), "of an OPT with random weights", flag_values=values)
+    flags.DEFINE_integer("repeats", 3, "steps that are measured, after a warm-up", 1, flag_values=values)
+    if given := _has(argv, "config"):
+        config, extra = recipes.parse(argv, values)
+    else:
+        config, extra = None, _flags(argv, values)
+    if len(extra) != 1 or extra[0] not in (*STEPS, "all"):
+        raise UserError(f"bench takes one of {', '.join(STEPS)}, all; it was given {' '.join(extra) or 'none'}")
+    steps = STEPS if extra[0] == "all" else extra
+    if config is not None:
+        works = [Work(step, recipes.resolve(config)) for step in steps]
+    else:
+        shares = {"sft": (0.8, 0.0), "reward": (0.8, 0.0)}
+        works = [of_shape(step, str(values["shape"].value), k) for step in steps for k in shares.get(step, (0.8,))]
+    found = []
+    for work in works:
+        found.append(command.measure(work, int(values["repeats"].value), with_peers=not given))
+        if extra[0] != "all":
+            print(json.dumps(found[-1]), flush=True)
+    if extra[0] == "all":
+        print(command.table(found))
+
+
 def _run_stages(command: str, argv: list[str]) -> None:
     from jaxrlhf import recipes
     from jaxrlhf.config import with_base
@@ -222,8 +258,6 @@ def _run_stages(command: str, argv: list[str]) -> None:
 
 def _claim(workdir: Path, experiment: Any) -> None:
     """Writes the resolved config, or makes sure that the workdir belongs to this one; `evaluation` may change."""
-    import json
-
     from jaxrlhf.config import changes
 
     resolved = json.loads(json.dumps(dataclasses.asdict(experiment)))
