@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxrlhf.types import Frozen, Params, Top
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Pick = Callable[[jax.Array], jax.Array]  # of [B, T, ...], the positions [B, Q, ...] that are asked for
 Tree = TypeVar("Tree")
 MASKED = -1e30  # finite, so that a row with every key masked (left padding) stays finite
 
@@ -122,15 +123,22 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward. `attend(q, k, v)` decides what is attended to, and owns the cache."""
+    """Attention and feed-forward. `attend(q, k, v)` decides what is attended to, and owns the cache.
+
+    With `pick`, keys and values are those of all positions, and the rest is done for the picked ones alone.
+    """
 
     arch: Architecture
 
     @nn.compact
-    def __call__(self, h_BTD: jax.Array, position_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, h_BTD: jax.Array, position_BT: jax.Array, attend: Attend, pick: Pick = lambda x: x
+    ) -> tuple[jax.Array, Any]:
         a = self.arch
         attn_norm, mlp_norm = Norm(a, name="attn_norm"), Norm(a, name="mlp_norm")
-        attn_BTD, kept = _attention(a, h_BTD if a.norm_place == "post" else attn_norm(h_BTD), position_BT, attend)
+        x_BTD = h_BTD if a.norm_place == "post" else attn_norm(h_BTD)
+        attn_BTD, kept = _attention(a, x_BTD, position_BT, attend, pick)
+        h_BTD = pick(h_BTD)
         if a.norm_place == "both":
             attn_BTD = Norm(a, name="attn_post_norm")(attn_BTD)
         if a.parallel:
@@ -143,15 +151,17 @@ class Block(nn.Module):
         return h_BTD + (Norm(a, name="mlp_post_norm")(mlp_BTD) if a.norm_place == "both" else mlp_BTD), kept
 
 
-def _attention(a: Architecture, x_BTD: jax.Array, position_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-    q_BTHK = nn.DenseGeneral((a.heads, a.head_width), use_bias=a.qkv_bias, name="q")(x_BTD)
+def _attention(
+    a: Architecture, x_BTD: jax.Array, position_BT: jax.Array, attend: Attend, pick: Pick
+) -> tuple[jax.Array, Any]:
+    q_BTHK = nn.DenseGeneral((a.heads, a.head_width), use_bias=a.qkv_bias, name="q")(pick(x_BTD))
     k_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="k")(x_BTD)
     v_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="v")(x_BTD)
     if a.qk_norm:
         q_BTHK, k_BTGK = Norm(a, name="q_norm")(q_BTHK), Norm(a, name="k_norm")(k_BTGK)
     if a.positions == "rope":
         frequency_K = frequencies(a)
-        q_BTHK, k_BTGK = rotate(q_BTHK, position_BT, frequency_K), rotate(k_BTGK, position_BT, frequency_K)
+        q_BTHK, k_BTGK = rotate(q_BTHK, pick(position_BT), frequency_K), rotate(k_BTGK, position_BT, frequency_K)
     out_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
     return nn.DenseGeneral(a.width, axis=(-2, -1), use_bias=a.o_bias, name="o")(out_BTHK), kept
 
@@ -241,10 +251,12 @@ def run_blocks(
     mask_BTS: jax.Array,
     keep: bool = False,
     first: int = 0,
+    pick: Pick | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs stacked blocks, the model's `first` and on, over whole sequences.
 
-    With `keep`, also returns keys and values as [L, B, S, G, K] each.
+    With `keep`, also returns keys and values as [L, B, S, G, K] each. With `pick`, the states of the positions that it
+    takes, for which alone the last block then runs.
     """
     distance_BTS = position_BT[:, :, None] - position_BT[:, None, :]
     # None where no layer has a window: the scan then has nothing but the blocks to carry.
@@ -253,16 +265,22 @@ def run_blocks(
         everything = jnp.iinfo(jnp.int32).max
         window_L = jnp.asarray([w or everything for w in arch.windows], jnp.int32)[first : first + depth(blocks)]
 
-    def body(h: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, Any]:
+    def body(h: jax.Array, layer: tuple[Params, jax.Array | None], pick: Pick = lambda x: x) -> tuple[jax.Array, Any]:
         block, window = cast(arch, layer[0]), layer[1]
-        seen_BTS = mask_BTS if window is None else mask_BTS & (distance_BTS < window)
+        seen_BTS = pick(mask_BTS if window is None else mask_BTS & (distance_BTS < window))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             return attention(arch, q, k, v, seen_BTS), (k, v) if keep else None
 
-        return Block(arch).apply({"params": block}, h, position_BT, attend)  # pyright: ignore[reportReturnType]
+        return Block(arch).apply({"params": block}, h, position_BT, attend, pick)  # pyright: ignore[reportReturnType]
 
-    return jax.lax.scan(body, h_BTD, (blocks, window_L))
+    layers = (blocks, window_L)
+    if pick is None or not depth(blocks):
+        h_BTD, kept = jax.lax.scan(body, h_BTD, layers)
+        return h_BTD if pick is None else pick(h_BTD), kept
+    h_BTD, kept = jax.lax.scan(body, h_BTD, jax.tree.map(lambda x: x[:-1], layers))
+    h_BQD, own = body(h_BTD, jax.tree.map(lambda x: x[-1], layers), pick)
+    return h_BQD, jax.tree.map(lambda below, x: jnp.concatenate([below, x[None]]), kept, own)
 
 
 def cast(arch: Architecture, tree: Tree) -> Tree:
@@ -291,12 +309,19 @@ def trunk(arch: Architecture, frozen: Frozen, token_BT: jax.Array, mask_BT: jax.
     return run_blocks(arch, frozen.blocks, h_BTD, position_BT, causal(mask_BT))[0]
 
 
-def run_top(arch: Architecture, top: Top, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """The trained part on the trunk's output: the final normalised hidden states [B, T, D]."""
+def run_top(
+    arch: Architecture,
+    top: Top,
+    token_BT: jax.Array,
+    hidden_BTD: jax.Array,
+    mask_BT: jax.Array,
+    pick: Pick | None = None,
+) -> jax.Array:
+    """The trained part on the trunk's output: the final normalised hidden states [B, T, D], or the picked [B, Q, D]."""
     position_BT = positions(mask_BT)
     h_BTD = embed(arch, top.embed, token_BT, position_BT) if top.embed else hidden_BTD
     first = arch.layers - depth(top.blocks)
-    h_BTD = run_blocks(arch, top.blocks, h_BTD, position_BT, causal(mask_BT), first=first)[0]
+    h_BTD = run_blocks(arch, top.blocks, h_BTD, position_BT, causal(mask_BT), first=first, pick=pick)[0]
     return final_norm(arch, top, h_BTD)
 
 

@@ -41,10 +41,10 @@ def read_out(
     arch: model.Architecture, scorer: Scorer, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
     """The same from the trunk's hidden states, which all roles share."""
-    final_BTD = model.run_top(arch, scorer.top, token_BT, hidden_BTD, mask_BT)
     last_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1] > 0, axis=1)
-    final_BD = jnp.take_along_axis(final_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return final_BD.astype(jnp.float32) @ scorer.head.w_D + scorer.head.b
+    rows_B = jnp.arange(len(last_B))
+    final_B1D = model.run_top(arch, scorer.top, token_BT, hidden_BTD, mask_BT, lambda x: x[rows_B, last_B][:, None])
+    return final_B1D[:, 0].astype(jnp.float32) @ scorer.head.w_D + scorer.head.b
 
 
 def respond(

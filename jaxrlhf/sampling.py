@@ -116,12 +116,12 @@ def _prefill(arch, frozen, top, prompt_BP, mask_BP) -> tuple[jax.Array, list[tup
     position_BP, mask_BPS = model.positions(mask_BP), model.causal(mask_BP)
     h_BPD = model.embed(arch, frozen.embed or top.embed, prompt_BP, position_BP)
     prefix = []
-    for blocks in (frozen.blocks, top.blocks):
+    for blocks, pick in ((frozen.blocks, None), (top.blocks, lambda x: x[:, -1:])):
         h_BPD, (k_LBPGK, v_LBPGK) = model.run_blocks(
-            arch, blocks, h_BPD, position_BP, mask_BPS, keep=True, first=len(prefix)
+            arch, blocks, h_BPD, position_BP, mask_BPS, keep=True, first=len(prefix), pick=pick
         )
         prefix += [(k_LBPGK[i].swapaxes(1, 2), v_LBPGK[i].swapaxes(1, 2)) for i in range(model.depth(blocks))]
-    return model.final_norm(arch, top, h_BPD[:, -1:]), prefix
+    return model.final_norm(arch, top, h_BPD), prefix
 
 
 def _draw(gen: Generation, s: _Decoding) -> _Decoding:
