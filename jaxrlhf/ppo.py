@@ -34,15 +34,20 @@ def read_policy(
     mask_BT: jax.Array,
     responses: int,
     temperature: float,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability, entropy and value [B, R] at the last `responses` tokens, from the trunk's hidden states.
 
-    The value of a token is read before it is seen, where its log-probability is.
+    The value of a token is read before it is seen, where its log-probability is. Without `entropy_gradient`, the
+    entropy has none.
     """
-    final_BTD = model.run_top(arch, policy.top, token_BT, hidden_BTD, mask_BT)
-    final_BRD = final_BTD[:, -responses - 1 : -1]
-    logits_BRV = model.logits(arch, frozen, policy.top, final_BRD)
-    logp_BR, entropy_BR = losses.token_logp(logits_BRV, token_BT[:, -responses:], temperature)
+    before = slice(-responses - 1, -1)
+    final_BRD = model.run_top(arch, policy.top, token_BT, hidden_BTD, mask_BT, lambda x: x[:, before])
+    logits, target_BR = partial(model.logits, arch, frozen, policy.top), token_BT[:, -responses:]
+    if frozen.embed and not entropy_gradient:
+        logp_BR, entropy_BR = losses.head_logp(logits, final_BRD, target_BR, temperature)
+    else:
+        logp_BR, entropy_BR = losses.token_logp(logits(final_BRD), target_BR, temperature)
     value_BR = final_BRD.astype(jnp.float32) @ policy.value.w_D + policy.value.b
     return logp_BR, entropy_BR, value_BR
 
@@ -136,7 +141,15 @@ def update(
 
     def loss(policy: ActorCritic, mb: Rollout) -> tuple[jax.Array, Metrics]:
         logp_BR, entropy_BR, value_BR = read_policy(
-            arch, frozen, policy, mb.tokens_BT, mb.hidden_BTD, mb.mask_BT, R, c.temperature
+            arch,
+            frozen,
+            policy,
+            mb.tokens_BT,
+            mb.hidden_BTD,
+            mb.mask_BT,
+            R,
+            c.temperature,
+            entropy_gradient=c.entropy_coef != 0,
         )
         return losses.ppo_loss(
             logp_BR,
