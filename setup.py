@@ -17,6 +17,8 @@ setup(
     install_requires=[
         "absl-py",
         "array_record",
+        # JAX locks its cache of compiled programs with it.
+        "filelock",
         "flax>=0.12",
         "grain>=0.2.18",
         # tensorflow-datasets imports it without declaring it for this Python.
