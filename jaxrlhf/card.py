@@ -10,17 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxrlhf import names
 from jaxrlhf.config import Experiment, Optim
+from jaxrlhf.data.selection import main_prompt
 
-TITLES = {"sft": "SFT policy", "reward": "reward model", "ppo": "PPO policy"}
-TASKS = {"world": "generated forum posts to summarise, the embedded world of jaxrlhf", "files": "texts from files"}
+TITLES = {p: f"{names.TITLES[p]} policy" for p in names.POLICIES if p != "bon"} | {"reward": "reward model"}
+TASKS = {
+    "world": "generated forum posts to summarise, the embedded world of jaxrlhf",
+    "files": "texts from files",
+    "datasets": "public or own datasets",
+}
 HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MEASURES = ("win_rate", "gold", "score", "length")
 LIMITS = {
     "policy": (
         "It was made to study what RLHF does to generalisation and diversity, not to be deployed; nobody checked its "
         "answers for harm or truth.",
-        "A win rate judged by the reward model that PPO was trained against flatters PPO.",
+        "A win rate judged by the reward model that a policy was trained against flatters it.",
     ),
     "reward": (
         "Its scores compare responses to one prompt; they are no measure of truth, and a policy that is optimised "
@@ -36,7 +42,7 @@ MARKED = re.compile(r"[^\w .,:/=+()-]")  # all that Markdown, HTML or YAML could
 class Told:
     """What a card is made of."""
 
-    policy: str  # sft | reward | ppo
+    policy: str  # of TITLES
     config: Experiment
     family: str
     parameters: int
@@ -78,12 +84,17 @@ def _trained(told: Told) -> Iterator[str]:
 
 def _facts(told: Told) -> Iterator[tuple[str, str]]:
     c = told.config
-    yield "base", safe(told.base) or ("an imported model" if c.model.init else f"pretrained here: {c.pretrain.init}")
+    own = "pretrained here" if c.pretrain.init == "scratch" else f"{c.pretrain.init}, shipped with jaxrlhf"
+    yield "base", safe(told.base) or ("an imported model" if c.model.init else own)
     yield "frozen", f"{c.model.freeze_layers:g} of the layers, from the bottom, with embeddings and output head"
     yield "lengths", f"{c.model.prompt_length} tokens of prompt, {c.model.response_length} of response"
     if c.task == "files":
         yield "prompt format", safe(c.files.prompt.replace("\n", "\\n"))
         yield "sources", safe(", ".join(c.files.id_sources))
+    if c.task == "datasets":
+        yield "prompt format", safe(main_prompt(c.datasets).replace("\n", "\\n"))
+        yield "datasets", safe(", ".join(dict.fromkeys((c.datasets.sft, c.datasets.preferences, *c.datasets.far))))
+        yield "in-distribution", f"split {c.datasets.split}, {c.datasets.subset:g} of its training records"
     examples = told.summaries["sft"].get("examples")
     yield "SFT", f"{c.sft.loop.steps} steps of {c.sft.batch_size}, {examples} demonstrations, {_optim(c.sft.optim)}"
     reward = told.summaries.get("reward", {})
@@ -95,7 +106,7 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
         yield (
             "reward model",
             f"from SFT; {c.reward.loop.steps} steps of {c.reward.batch_size}, {pairs} pairs by {by}, "
-            f"{_optim(c.reward.optim)}",
+            f"{_optim(c.reward.optim)}{_ensemble(c)}",
         )
     if "ppo" in told.summaries:
         yield (
@@ -103,7 +114,24 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
             f"from SFT; {c.ppo.loop.steps} steps of {c.ppo.batch_size} prompts, {c.ppo.epochs} epochs of "
             f"{c.ppo.minibatches} minibatches, KL coefficient {c.ppo.kl_coef:g}, {_optim(c.ppo.optim)}",
         )
+    yield from _method(told)
     yield "seed", str(c.seed)
+
+
+def _method(told: Told) -> Iterator[tuple[str, str]]:
+    c = told.config
+    if "dpo" in told.summaries:
+        pairs = told.summaries["dpo"]["pairs"]["train"]
+        how = f"{c.dpo.loop.steps} steps of {c.dpo.batch_size}, {pairs} pairs, loss {c.dpo.loss}, beta {c.dpo.beta:g}"
+        yield "DPO", f"from SFT; {how}, {_optim(c.dpo.optim)}"
+    for stage, m in (("rloo", c.rloo), ("grpo", c.grpo)):
+        if stage in told.summaries:
+            how = f"{m.loop.steps} steps of {m.batch_size} prompts, {m.samples} responses to each"
+            yield names.TITLES[stage], f"from SFT; {how}, KL coefficient {m.kl_coef:g}, {_optim(m.optim)}"
+
+
+def _ensemble(c: Experiment) -> str:
+    return f"; {c.reward.ensemble} members, combined by {safe(c.reward.combine)}" if c.reward.ensemble > 1 else ""
 
 
 def _optim(o: Optim) -> str:

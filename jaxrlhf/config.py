@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from jaxrlhf import names
+from jaxrlhf.config_data import Datasets
 from jaxrlhf.evaluation.judge import Judge
 from jaxrlhf.files import UserError, read_json
 
@@ -137,6 +138,9 @@ class Reward:
     batch_size: int = 32  # pairs
     samples_per_prompt: int = 4  # SFT samples that simulated annotators compare in pairs
     normalise_samples: int = 512  # SFT samples on which scores get mean 0 and standard deviation 1
+    ensemble: int = 1  # members, each with a head and an order of the pairs of its own; see losses.combine_scores
+    combine: str = "mean"  # mean | worst | uncertainty: how the members' normalised scores become one
+    uncertainty_coef: float = 0.5  # uncertainty: the mean less this much of the variance over members
     loop: Loop = field(default_factory=Loop)
     optim: Optim = field(default_factory=Optim)
 
@@ -160,12 +164,55 @@ class Ppo:
     value_coef: float = 0.1
     value_init: str = "zero"  # zero | normal (1/sqrt(D+1)) | reward (the reward model's head)
     entropy_coef: float = 0.0
+    forward_kl_coef: float = 0.0  # of KL(SFT || policy) a token, exact over the vocabulary, in the loss
     whiten_advantages: bool = True  # over the real tokens of the whole rollout batch
     whiten_rewards: bool = False  # scale without shift, as in the N+ details
     length_penalty: float = 0.0  # coefficient of -(length / response_length)^5
     eos_bonus: float = 0.0  # added to the score of a finished response
     eos_required: bool = False  # the score of an unfinished response is `eos_missing`
     eos_missing: float = -1.0
+    loop: Loop = field(default_factory=Loop)
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """DPO on the reward model's pairs, from SFT, with SFT as reference."""
+
+    loss: str = "sigmoid"  # sigmoid | ipo
+    beta: float = 0.1  # pull to the reference: the implicit reward is beta * (logp - ref); ipo's tau
+    batch_size: int = 32  # pairs
+    loop: Loop = field(default_factory=Loop)
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class Rloo:
+    """REINFORCE with a leave-one-out baseline. Scores are shaped by `ppo`'s penalties, so that all climb one reward."""
+
+    batch_size: int = 32  # prompts in a rollout batch
+    samples: int = 4  # responses to each
+    minibatches: int = 2  # optimizer steps a rollout; each response is used once, as there is no ratio to correct by
+    temperature: float = 1.0
+    kl_coef: float = 0.05  # of KL(policy || SFT) a response, k1, in the return
+    loop: Loop = field(default_factory=Loop)
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Clipped policy gradient with advantages relative to a prompt's group; scores are shaped by `ppo`'s penalties."""
+
+    batch_size: int = 32  # prompts in a rollout batch
+    samples: int = 4  # responses to each, a group
+    epochs: int = 1
+    minibatches: int = 2
+    temperature: float = 1.0
+    kl_coef: float = 0.04  # of KL(policy || SFT) a token, k3, in the loss
+    clip: float = 0.2
+    # Dr. GRPO: no division by a group's standard deviation, nor by a response's own length, which else favours long bad
+    # responses; lengths and diversity are what is measured here.
+    unbiased: bool = False
     loop: Loop = field(default_factory=Loop)
     optim: Optim = field(default_factory=Optim)
 
@@ -190,7 +237,8 @@ class Evaluation:
     """What is measured and how sure it is."""
 
     # Who decides win rates against the reference and head to head: gold | reward (the scores that samples carry) |
-    # length (the longer response, a baseline) | openai:MODEL (a server that speaks the OpenAI chat API).
+    # length (the longer response, a baseline) | openai:MODEL (a server that speaks the OpenAI chat API) |
+    # reward:DIRECTORY (another run's reward model, by its workdir, or a Hugging Face directory's).
     judge: str = "gold"
     judge_base_url: str = "https://api.openai.com/v1"
     judge_template: str = "tldr"  # tldr | cnndm | instructions | a file with {prompt}, {answer_1} and {answer_2}
@@ -224,17 +272,27 @@ class Experiment:
 
     name: str = "experiment"
     seed: int = 0
-    task: str = "world"  # world | files
+    task: str = "world"  # world | files | datasets
+    methods: str = ""  # trained beside PPO and compared with it: of dpo, rloo, grpo, with commas between
     world: World = field(default_factory=World)
     files: Files = field(default_factory=Files)
+    datasets: Datasets = field(default_factory=Datasets)
     model: Model = field(default_factory=Model)
     mesh: Mesh = field(default_factory=Mesh)
     pretrain: Pretrain = field(default_factory=Pretrain)
     sft: Sft = field(default_factory=Sft)
     reward: Reward = field(default_factory=Reward)
     ppo: Ppo = field(default_factory=Ppo)
+    dpo: Dpo = field(default_factory=Dpo)
+    rloo: Rloo = field(default_factory=Rloo)
+    grpo: Grpo = field(default_factory=Grpo)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of a run, in order."""
+        return names.due([m.strip() for m in self.methods.split(",")])
 
 
 def default() -> ml_collections.ConfigDict:
@@ -255,16 +313,6 @@ def with_base(experiment: Experiment, workdir: Path) -> Experiment:
     if experiment.model.init or not (workdir / "base").exists():
         return experiment
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, init="base"))
-
-
-def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> Iterator[str]:
-    """The keys in which two resolved configs differ, each as `config.a.b: old -> new`."""
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from changes(a, b, f"{prefix}.{key}")
-        elif a != b:
-            yield f"{prefix}.{key}: {a!r} -> {b!r}"
 
 
 def build(kind: Any, values: dict[str, Any], name: str) -> Any:

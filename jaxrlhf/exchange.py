@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 import jaxrlhf
-from jaxrlhf import card, model, weights
+from jaxrlhf import card, checkpoint, hub, model, names, weights
 from jaxrlhf import config as configs
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json, whole_folder, write_json, write_text
-from jaxrlhf.split import join
-from jaxrlhf.types import Params, Top
+from jaxrlhf.split import pieces
+from jaxrlhf.types import Frozen, Params, Scorer, Top
 
 MARK = "jaxrlhf.json"  # tells a directory of ours from anybody's
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
@@ -37,7 +38,7 @@ def export(workdir: Path, policy: str, to: Path) -> None:
 
     Args:
       workdir: whose stage that trained it is finished.
-      policy: sft | ppo | reward.
+      policy: of card.TITLES.
       to: a new or empty folder, or one that an export wrote.
 
     Raises:
@@ -47,8 +48,18 @@ def export(workdir: Path, policy: str, to: Path) -> None:
         hint = "; best-of-N is no model: export sft, and reward to pick by" if policy == "bon" else ""
         raise UserError(f"--policy={policy}: known are {', '.join(card.TITLES)}{hint}")
     _check_target(to)
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir}: no run was begun there; first `jaxrlhf run --config=RECIPE --workdir={workdir}`")
     config = configs.read(workdir / "config.json")
-    run = Run(config, workdir, task.Task(task.tokenizer(config, workdir)), f"export {policy}")
+    if policy == "reward" and (size := config.reward.ensemble) > 1:
+        raise UserError(
+            f"--policy=reward: an ensemble of {size} is no single model; a workdir with --config.reward.ensemble=1 has "
+            "its first member"
+        )
+    run = _Finished(config, workdir, task.Task(task.tokenizer(config, workdir)), f"export {policy}")
+    for stage in _stages(policy):
+        if not run.finished(stage):
+            raise UserError(f"{workdir}: stage {stage!r} is not finished; run `jaxrlhf {stage}` first, with its recipe")
     with whole_folder(to.resolve()) as folder:
         write = _write_reward if policy == "reward" else _write_policy
         write(run, policy, folder)
@@ -56,10 +67,19 @@ def export(workdir: Path, policy: str, to: Path) -> None:
         write_json(folder / MARK, {"version": jaxrlhf.__version__, "policy": policy})
 
 
+class _Finished(Run):
+    """A run that trains no more: of the base's TOP only shapes and places stay, for what was trained to come in by."""
+
+    @cached_property
+    def base(self) -> tuple[Frozen, Top]:
+        frozen, top = super().base
+        return frozen, checkpoint.abstract(top)
+
+
 def _write_policy(run: Run, policy: str, folder: Path) -> None:
     tokenizer = tokens.save_files(run.task.tokenizer, folder, "left")
     special = _special(tokenizer)
-    weights.export(folder, run.arch, _whole(run, run.policy(policy)), special)
+    weights.export(folder, run.arch, pieces(run.base[0], run.policy(policy)), special)
     write_json(folder / "generation_config.json", special | _generation(run.config))
 
 
@@ -67,7 +87,8 @@ def _write_reward(run: Run, policy: str, folder: Path) -> None:
     # Where end-of-text pads, transformers would read the token before it, and not it (PROTOCOL D15).
     tokenizer = tokens.save_files(run.task.tokenizer, folder, "right", pad=True)
     scorer = run.scorer()
-    arch, params = _with_row(run.arch, _whole(run, scorer.top), tokenizer)
+    assert isinstance(scorer, Scorer)
+    arch, params = _with_row(run.arch, pieces(run.base[0], scorer.top), tokenizer)
     weights.export_reward(folder, arch, params, scorer.head, _special(tokenizer))
 
 
@@ -83,7 +104,8 @@ def import_base(source: str, workdir: Path) -> str:
     for path, what in ((base, "a base is there"), (workdir / "config.json", "a run was begun there")):
         if path.exists():
             raise UserError(f"{path}: {what} already; take another --workdir")
-    directory = weights.directory_of(source, "--from")
+    directory = hub.directory_of(source, "--from")
+    commit = hub.commit_of(directory)
     arch, params = weights.load(directory)
     tokenizer = tokens.pretrained(directory)
     if tokenizer.size > arch.vocab_size:
@@ -91,10 +113,12 @@ def import_base(source: str, workdir: Path) -> str:
     with whole_folder(base) as folder:
         for path in sorted({p for pattern in (*WEIGHTS, *TOKENIZER) for p in directory.glob(pattern)}):
             shutil.copyfile(path, folder / path.name)
+        write_json(folder / MARK, {"version": jaxrlhf.__version__, "base": source if commit else "", "commit": commit})
     kinds = sorted({str(x.dtype) for x in jax.tree.leaves(params)})
     chat = tokenizer.theirs is not None and tokenizer.theirs.chat_template
     return "\n".join(
         (
+            *([f"from           {source} at commit {commit}"] if commit else []),
             f"family         {arch.family}, {arch.layers} layers of width {arch.width}, {arch.heads} heads",
             f"parameters     {_count(params):,} ({', '.join(kinds)})",
             f"tokenizer      {tokenizer.size} ids, bos {'added to prompts' if tokenizer.bos else 'not added'}, "
@@ -129,10 +153,6 @@ def _generation(config: Experiment) -> dict[str, Any]:
     return drawn | {"max_new_tokens": config.model.response_length}
 
 
-def _whole(run: Run, top: Top) -> Params:
-    return jax.device_get(join(run.base[0], top))
-
-
 def _with_row(
     arch: model.Architecture, params: Params, tokenizer: tokens.Tokenizer
 ) -> tuple[model.Architecture, Params]:
@@ -145,17 +165,23 @@ def _with_row(
     return dataclasses.replace(arch, vocab_size=tokenizer.size), params | {"embed": embed}
 
 
+def _stages(policy: str) -> list[str]:
+    """The stages on this base that a model comes from; DPO learns from the reward model's pairs, and not from it."""
+    return [s for s in names.behind(policy)[1:] if (policy, s) != ("dpo", "reward")]
+
+
 def _told(run: Run, policy: str) -> card.Told:
-    folders = {"sft": ("sft",), "reward": ("sft", "reward"), "ppo": ("sft", "reward", "ppo")}[policy]
     results = run.workdir / "results.json"
-    init = run.config.model.init
+    init, mark = run.config.model.init, run.workdir / "base" / MARK
+    if init == "base":
+        init = read_json(mark)["base"] if mark.exists() else ""
     return card.Told(
         policy=policy,
         config=run.config,
         family=run.arch.family,
         parameters=_count(run.base),
-        base="" if init == "base" or Path(init).exists() else init,
-        summaries={stage: read_json(run.directory(stage) / "summary.json") for stage in folders},
+        base="" if Path(init).exists() else init,
+        summaries={stage: read_json(run.directory(stage) / "summary.json") for stage in _stages(policy)},
         results=read_json(results) if results.exists() else {},
     )
 

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import checkpoint, model, sharding, weights
+from jaxrlhf.claim import bound
 from jaxrlhf.config import Experiment
 from jaxrlhf.data.task import Task, base_directory
 from jaxrlhf.files import UserError, read_json, write_json
-from jaxrlhf.split import split, tree_hash
-from jaxrlhf.types import ActorCritic, Frozen, Params, ScalarHead, Scorer, Top
+from jaxrlhf.split import take_apart, tree_hash
+from jaxrlhf.types import ActorCritic, Ensemble, Frozen, Params, ScalarHead, Scorer, Top
 
 ASSETS = Path(__file__).parent / "assets"
-STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
 
 
 class Lengths(TypedDict):
@@ -59,15 +59,20 @@ class Run:
     @cached_property
     def base(self) -> tuple[Frozen, Top]:
         """FROZEN, in `config.model.dtype`, and TOP, in f32, of the base model, on the mesh."""
-        frozen, top = split(base_params(self), self.config.model.freeze_layers)
+        frozen, top = take_apart(base_params(self), self.config.model.freeze_layers)
         frozen = jax.tree.map(lambda x: x.astype(self.config.model.dtype), frozen)
         top = jax.tree.map(lambda x: x.astype(jnp.float32), top)
         return sharding.place(frozen, self.mesh), sharding.place(top, self.mesh)
 
     @cached_property
-    def meta(self) -> dict[str, str]:
-        """What every checkpoint of this experiment must share."""
-        return {"frozen": tree_hash(self.base[0])}
+    def trunk(self) -> str:
+        """The hash of FROZEN."""
+        return tree_hash(self.base[0])[:16]
+
+    def meta(self, stage: str) -> dict[str, Any]:
+        """What a stage's checkpoints must share with this experiment; a base that `pretrain` makes has no trunk yet."""
+        found = {"config": bound(self.config, stage), "tokenizer": self.task.tokenizer.hash}
+        return found if stage == "pretrain" else found | {"frozen": self.trunk}
 
     @property
     def lengths(self) -> Lengths:
@@ -89,21 +94,33 @@ class Run:
         return self.workdir / ("samples" if stage == "sample" else stage)
 
     def policy(self, stage: str) -> Top:
-        """The policy that SFT or PPO trained."""
-        if stage == "sft":
-            return self.load("sft", self.base[1])
-        return self.load("ppo", ActorCritic(top=self.base[1], value=self.head())).top
+        """The policy that a stage trained."""
+        if stage == "ppo":
+            return self.load("ppo", ActorCritic(top=self.base[1], value=self.head())).top
+        return self.load(stage, self.base[1])
 
-    def scorer(self) -> Scorer:
-        """The reward model that was trained here, normalised."""
+    def scorer(self) -> Scorer | Ensemble:
+        """The reward model that was trained here, normalised; an ensemble's members each."""
         if init := self.config.reward.init:
             raise UserError(f"config.reward.init={init!r}: the reward model comes from there, none was trained here")
+        alone = Scorer(top=self.base[1], head=self.head())
+        if (size := self.config.reward.ensemble) == 1:
+            trained: Scorer | Ensemble = self.load("reward", alone)
+        else:
+            members = sharding.place(jax.tree.map(lambda x: jnp.stack([x] * size), alone), self.mesh)
+            trained = self.load("reward", Ensemble(members=members, combine="mean", uncertainty_coef=0.0))
         found = read_json(self.directory("reward") / "summary.json")
-        scorer: Scorer = self.load("reward", Scorer(top=self.base[1], head=self.head()))
-        mean, std = found["normalisation"]["mean"], found["normalisation"]["std"]
-        return scorer.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            head=ScalarHead(w_D=scorer.head.w_D / std, b=(scorer.head.b - mean) / std)
-        )
+        return self.normalised(trained, found["normalisation"])
+
+    def normalised(self, trained: Scorer | Ensemble, found: Mapping[str, Any]) -> Scorer | Ensemble:
+        """The reward model less its mean, over its standard deviation; an ensemble as `config.reward` combines it."""
+        if isinstance(trained, Ensemble):
+            mean_E, std_E = (jnp.asarray(found[k], jnp.float32) for k in ("mean", "std"))
+            members, c = trained.members, self.config.reward
+            head = ScalarHead(w_D=members.head.w_D / std_E[:, None], b=(members.head.b - mean_E) / std_E)
+            return Ensemble(Scorer(members.top, head), c.combine, c.uncertainty_coef)
+        head = ScalarHead(w_D=trained.head.w_D / found["std"], b=(trained.head.b - found["mean"]) / found["std"])
+        return Scorer(top=trained.top, head=head)
 
     def head(self) -> ScalarHead:
         """A read-out of zeros, on the mesh."""
@@ -115,7 +132,8 @@ class Run:
         """What a finished stage trained."""
         if not self.finished(stage):
             raise UserError(f"{self.workdir}: stage {stage!r} is not finished; run `jaxrlhf {stage}` first")
-        return checkpoint.load_params(self.directory(stage) / "checkpoints", like, self.meta)
+        steps = read_json(self.directory(stage) / "summary.json")["steps"]
+        return checkpoint.load_params(self.directory(stage) / "checkpoints", steps, like, self.meta(stage))
 
     def finished(self, stage: str) -> bool:
         """Whether a stage has written its summary, which it does last."""
@@ -135,6 +153,10 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
         raise UserError(
             f"config.model: width={c.width} must divide by heads={c.heads}, and heads by kv_heads={c.kv_heads}"
         )
+    options: dict[str, Any] = dict(model.FAMILIES[c.family])
+    if c.family == "gemma2":  # what hangs on sizes, as Gemma Team 2024, table 1 and s. 2, and its configs have it
+        windows = tuple(0 if i % 2 else 4096 for i in range(c.layers))
+        options |= {"windows": windows, "query_scalar": c.width // c.heads}
     return model.Architecture(
         vocab_size=vocab_size,
         layers=c.layers,
@@ -145,13 +167,13 @@ def architecture(config: Experiment, vocab_size: int) -> model.Architecture:
         ff_width=c.ff_width,
         max_positions=c.prompt_length + c.response_length,
         dtype=c.dtype,
-        **model.FAMILIES[c.family],
+        **options,
     )
 
 
 def imported_architecture(config: Experiment, directory: Path, vocab_size: int) -> model.Architecture:
     """The decoder of a Hugging Face directory; `UserError` if the texts of this experiment do not fit it."""
-    arch = replace(weights.architecture(read_json(directory / "config.json")), dtype=config.model.dtype)
+    arch = replace(weights.architecture(directory), dtype=config.model.dtype)
     if vocab_size > arch.vocab_size:
         raise UserError(
             f"config.model.init={config.model.init!r} has embeddings for {arch.vocab_size} tokens, its tokenizer "
@@ -173,9 +195,7 @@ def base_params(run: Run) -> Params:
     name = run.config.pretrain.init
     if name == "scratch":
         like = sharding.place(model.init(run.arch, run.key("init")), run.mesh)
-        if not run.finished("pretrain"):
-            raise UserError(f"{run.workdir}: stage 'pretrain' is not finished; run `jaxrlhf pretrain` first")
-        return checkpoint.load_params(run.directory("pretrain") / "checkpoints", like, {})
+        return run.load("pretrain", like)
     path = ASSETS / f"{name}.safetensors"
     if not path.exists():
         known = ", ".join(["scratch", *sorted(p.stem for p in ASSETS.glob("*.safetensors"))])

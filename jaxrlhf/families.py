@@ -8,11 +8,11 @@ ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxrlhf import model
-from jaxrlhf.files import UserError
+from jaxrlhf.files import UserError, listed
 
 _LLAMA = {
     "embed/tokens": "embed_tokens",
@@ -162,6 +162,7 @@ DERIVED: dict[str, tuple[str, ...]] = {
     "opt": ("do_layer_norm_before", "_remove_final_layer_norm"),
     "gpt_neox": ("rotary_pct", "rotary_emb_base"),
 }
+MOST_LAYERS = 1000  # a slip or worse: transformers makes lists of so many
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 # Options of which the decoder implements only these values.
 ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -204,6 +205,9 @@ def architecture(config: Mapping[str, Any]) -> model.Architecture:
     family = config.get("model_type") if isinstance(config, Mapping) else None
     if family not in FIELDS:
         raise UserError(f"config.json: model_type={family!r}: expected one of {', '.join(FIELDS)}")
+    for key in ("num_hidden_layers", FIELDS[family]["layers"]):
+        if isinstance(value := config.get(key), int) and value > MOST_LAYERS:
+            raise UserError(f"config.json: {key}={value}: must be at most {MOST_LAYERS}")
     full = _filled(family, config)
     for key, values in ONLY.get(family, {}).items():
         if full[key] not in values:
@@ -262,12 +266,6 @@ def tensor_name(family: str, leaf: str, prefix: str) -> str:
     module, _, kind = leaf.rpartition("/")
     name, _, part = MODULES[family][module].partition("#")
     return f"{prefix}{name}.{'bias' if kind == 'bias' else 'weight'}" + (f"#{part}" if part else "")
-
-
-def listed(items: Iterable[Any]) -> str:
-    """The first few of several things, and how many more there are."""
-    items = [str(x) for x in items]
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
 def _filled(family: str, config: Mapping[str, Any]) -> dict[str, Any]:

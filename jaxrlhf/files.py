@@ -22,6 +22,16 @@ class Failure(Exception):
     """Something outside failed, not the user's input: one line that says what, and how to go on."""
 
 
+def listed(items: Iterable[Any]) -> str:
+    """The first few of several things, and how many more there are."""
+    items = [str(x) for x in items]
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+class Stopped(Exception):
+    """Somebody asked to stop, and all is saved: one line that says how to go on."""
+
+
 def read_records(path: str | os.PathLike[str], required: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The objects of a JSON list (`.json`) or of JSON lines (any other suffix); blank lines are skipped.
 

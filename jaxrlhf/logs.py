@@ -7,8 +7,9 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,8 +21,12 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def progress(title: str, total: int, done: int = 0) -> tqdm:
-    """A bar on standard error with the time left; in a log that is no terminal, a line every ten seconds or so."""
+def progress(title: str, total: int, done: int = 0, delay: float = 0.0, unit: str = "") -> tqdm:
+    """A bar on standard error with the time left; in a log that is no terminal, a line every ten seconds or so.
+
+    With a `delay`, what is done within so many seconds shows no bar, and no bar stays behind. Large numbers of a `unit`
+    are shown in thousands and millions.
+    """
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -29,8 +34,12 @@ def progress(title: str, total: int, done: int = 0) -> tqdm:
         desc=title,
         file=sys.stderr if terminal else _Lines(),
         mininterval=0.5 if terminal else 10,
+        delay=delay,
+        leave=not delay,
         dynamic_ncols=terminal,
         ncols=None if terminal else 100,
+        unit=f" {unit}" if unit else "it",
+        unit_scale=bool(unit),
     )
 
 
@@ -59,10 +68,11 @@ class Log:
             _forget_after(path, step)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line; a value that is not finite is left out rather than written as invalid JSON."""
-        finite = {k: float(v) for k, v in values.items() if math.isfinite(v)}
-        _append(self._metrics, {"step": step, **finite})
+    def metrics(self, step: int, values: Mapping[str, float | Sequence[str]]) -> None:
+        """Appends one line; a number that is not finite is left out rather than written as invalid JSON."""
+        names = {k: v for k, v in values.items() if isinstance(v, Sequence)}
+        finite = {k: float(v) for k, v in values.items() if not isinstance(v, Sequence) and math.isfinite(v)}
+        _append(self._metrics, {"step": step, **finite, **names})
         for name, value in finite.items():
             self._events.add_scalar(name, value, step)
 
@@ -76,7 +86,7 @@ class Log:
         self._events.close()
 
 
-def _append(path: Path, record: Mapping[str, float]) -> None:
+def _append(path: Path, record: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -1,4 +1,4 @@
-"""The maths of SFT, reward modelling and PPO: arrays in, numbers out, f32, masked means only.
+"""The maths of every method: arrays in, numbers out, f32, masked means only.
 
 Masks are f32, 1 = real token. Whatever stands on padding changes neither values nor gradients.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.config import Ppo
+from jaxrlhf.config import Grpo, Ppo
 
 Metrics = dict[str, jax.Array]
 
@@ -107,6 +107,52 @@ def reward_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> tuple[jax.Array, 
     return loss, {"loss": loss, "accuracy": accuracy, "margin": margin_B.mean()}
 
 
+def combine_scores(score_EB: jax.Array, how: str, uncertainty_coef: float) -> jax.Array:
+    """One score [B], f32, from those of an ensemble's E members (Coste et al. 2024).
+
+    mean: their mean; worst: the lowest of each response (WCO); uncertainty: mean - uncertainty_coef * variance (UWO),
+    the variance over E. Any other `how` is a ValueError.
+    """
+    score_EB = score_EB.astype(jnp.float32)
+    if how == "mean":
+        return score_EB.mean(0)
+    if how == "worst":
+        return score_EB.min(0)
+    if how == "uncertainty":
+        return score_EB.mean(0) - uncertainty_coef * score_EB.var(0)
+    raise ValueError(f"unknown combination {how!r}; known are mean, worst, uncertainty")
+
+
+def sequence_logp(logp_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Log-probability of each row's real tokens together, in nats: f32 [B]."""
+    return _real(logp_BT, mask_BT).sum(-1)
+
+
+def dpo_loss(
+    chosen_B: jax.Array,
+    rejected_B: jax.Array,
+    ref_chosen_B: jax.Array,
+    ref_rejected_B: jax.Array,
+    beta: float,
+    kind: str,
+) -> tuple[jax.Array, Metrics]:
+    """Preferences without a reward model, from log-probabilities of whole responses under policy and reference.
+
+    With implicit rewards r = beta * (logp - ref): `sigmoid` is mean -log sigmoid(r_chosen - r_rejected) (Rafailov et
+    al. 2023, eq. 7); `ipo` is mean (h - 1 / (2 beta))^2, h = (r_chosen - r_rejected) / beta, whose beta is the tau of
+    Azar et al. 2023, eq. 17. Log-probabilities are sums over tokens, as there, not means. `margin` is r_chosen -
+    r_rejected; ties count half in the accuracy. Any other kind is a ValueError.
+    """
+    won_B = chosen_B.astype(jnp.float32) - ref_chosen_B.astype(jnp.float32)
+    lost_B = rejected_B.astype(jnp.float32) - ref_rejected_B.astype(jnp.float32)
+    sigmoid, metrics = reward_loss(beta * won_B, beta * lost_B)
+    losses = {"sigmoid": sigmoid, "ipo": ((won_B - lost_B - 0.5 / beta) ** 2).mean()}
+    if kind not in losses:
+        raise ValueError(f"unknown DPO loss {kind!r}; known are sigmoid, ipo")
+    rewards = {"chosen_reward": beta * won_B.mean(), "rejected_reward": beta * lost_B.mean()}
+    return losses[kind], metrics | rewards | {"loss": losses[kind]}
+
+
 def kl(logp_BR: jax.Array, ref_logp_BR: jax.Array, kind: str) -> jax.Array:
     """Per-token estimators of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL").
 
@@ -121,6 +167,19 @@ def kl(logp_BR: jax.Array, ref_logp_BR: jax.Array, kind: str) -> jax.Array:
     if kind == "k3":
         return jnp.expm1(-d_BR) + d_BR
     raise ValueError(f"unknown KL estimator {kind!r}; known are k1, k2, k3")
+
+
+def forward_kl(ref_logits_V: jax.Array, logits_V: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """KL(reference || policy) of next-token distributions, over all words of the last axis, in nats; f32 of the rest.
+
+    Exact, not estimated. It grows where the policy drops what the reference says (mass-covering), unlike the reverse
+    KL, which lets it. The gradient is the policy's alone. Words that the reference cannot draw add nothing.
+    """
+    ref_V = jax.nn.log_softmax(jax.lax.stop_gradient(ref_logits_V).astype(jnp.float32) / temperature, axis=-1)
+    logp_V = jax.nn.log_softmax(logits_V.astype(jnp.float32) / temperature, axis=-1)
+    # As in `token_logp`: 0 at p = 0, and no -inf less -inf.
+    drawn_V = jnp.isfinite(ref_V)
+    return (jnp.exp(ref_V) * (jnp.where(drawn_V, ref_V, 0.0) - jnp.where(drawn_V, logp_V, 0.0))).sum(-1)
 
 
 def adapt_kl_coef(coef: jax.Array, observed_kl: jax.Array, target: float, horizon: int, n: int) -> jax.Array:
@@ -189,13 +248,9 @@ def ppo_loss(
     r = exp(logp - old_logp), clip(V) within `value_clip` of the old value, all means over real tokens of [B, R].
     Advantages are whitened by the caller, once over the rollout batch. `approx_kl` is k3 of KL(old || new).
     """
-    # Padding is silenced before any exp or square, so that nothing there can turn a gradient into NaN.
-    log_ratio_BR = _real(logp_BR, mask_BR) - _real(old_logp_BR, mask_BR)
-    value_BR, old_value_BR = _real(value_BR, mask_BR), _real(old_value_BR, mask_BR)
-    return_BR, advantage_BR = _real(return_BR, mask_BR), _real(advantage_BR, mask_BR)
-    ratio_BR = jnp.exp(log_ratio_BR)
-    plain_BR = -advantage_BR * ratio_BR
-    clipped_BR = -advantage_BR * jnp.clip(ratio_BR, 1 - c.clip, 1 + c.clip)
+    # Padding is silenced before any square, so that nothing there can turn a gradient into NaN.
+    log_ratio_BR, ratio_BR, plain_BR, clipped_BR = _clipped(logp_BR, old_logp_BR, advantage_BR, mask_BR, c.clip)
+    value_BR, old_value_BR, return_BR = (_real(x, mask_BR) for x in (value_BR, old_value_BR, return_BR))
     policy_loss = masked_mean(jnp.maximum(plain_BR, clipped_BR), mask_BR)
     near_BR = old_value_BR + jnp.clip(value_BR - old_value_BR, -c.value_clip, c.value_clip)
     square_BR, near_square_BR = (value_BR - return_BR) ** 2, (near_BR - return_BR) ** 2
@@ -209,6 +264,74 @@ def ppo_loss(
         "ratio": masked_mean(ratio_BR, mask_BR),
         "clip_fraction": masked_mean((clipped_BR > plain_BR).astype(jnp.float32), mask_BR),
         "value_clip_fraction": masked_mean((near_square_BR > square_BR).astype(jnp.float32), mask_BR),
+        "approx_kl": masked_mean(jnp.expm1(log_ratio_BR) - log_ratio_BR, mask_BR),
+    }
+
+
+def _clipped(
+    logp_BR: jax.Array, old_logp_BR: jax.Array, advantage_BR: jax.Array, mask_BR: jax.Array, clip: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Log-ratio, ratio, and -A r plain and clipped. Padding is silenced before any exp, as a gradient could be NaN."""
+    log_ratio_BR = _real(logp_BR, mask_BR) - _real(old_logp_BR, mask_BR)
+    ratio_BR, advantage_BR = jnp.exp(log_ratio_BR), _real(advantage_BR, mask_BR)
+    return log_ratio_BR, ratio_BR, -advantage_BR * ratio_BR, -advantage_BR * jnp.clip(ratio_BR, 1 - clip, 1 + clip)
+
+
+def leave_one_out(return_BN: jax.Array) -> jax.Array:
+    """Each response's return less the mean of the N - 1 others of its prompt, f32 (Ahmadian et al. 2024).
+
+    The baseline does not hang on the response that it is taken from, so the policy gradient stays unbiased.
+    """
+    return_BN = return_BN.astype(jnp.float32)
+    N = return_BN.shape[-1]
+    return (return_BN - return_BN.mean(-1, keepdims=True)) * (N / (N - 1))
+
+
+def rloo_loss(logp_BR: jax.Array, advantage_B: jax.Array, mask_BR: jax.Array) -> tuple[jax.Array, Metrics]:
+    """REINFORCE on whole responses: mean over B of -A log p(response) (Ahmadian et al. 2024).
+
+    No ratio and no clipping: right for responses of the policy as it is.
+    """
+    loss = -(advantage_B.astype(jnp.float32) * sequence_logp(logp_BR, mask_BR)).mean()
+    return loss, {"loss": loss}
+
+
+def group_advantages(score_BN: jax.Array, divide: bool = True) -> jax.Array:
+    """(score - mean) / (std + 1e-4) over the N responses of each prompt, f32 (Shao et al. 2024, s. 4.1.2).
+
+    Dividing by the standard deviation makes prompts on which scores hardly differ weigh as much as others (Liu et al.
+    2025); without `divide` they do not.
+    """
+    centred_BN = score_BN.astype(jnp.float32) - score_BN.astype(jnp.float32).mean(-1, keepdims=True)
+    return centred_BN / (jnp.sqrt((centred_BN**2).mean(-1, keepdims=True)) + 1e-4) if divide else centred_BN
+
+
+def grpo_loss(
+    logp_BR: jax.Array,
+    old_logp_BR: jax.Array,
+    ref_logp_BR: jax.Array,
+    advantage_B: jax.Array,
+    mask_BR: jax.Array,
+    c: Grpo,
+) -> tuple[jax.Array, Metrics]:
+    """Clipped policy loss plus kl_coef * k3 of KL(policy || reference), token by token (Shao et al. 2024, eq. 3 and 4).
+
+    Of each response the mean over its tokens, then the mean over B: tokens of long responses weigh less, so that a bad
+    response is better long (Liu et al. 2025). With `unbiased` each token weighs 1 / R, as there. A row without any real
+    token counts as 0. `approx_kl` is k3 of KL(old || new), `ref_kl` the penalty before its coefficient.
+    """
+    logp_BR = _real(logp_BR, mask_BR)
+    log_ratio_BR, ratio_BR, plain_BR, clipped_BR = _clipped(logp_BR, old_logp_BR, advantage_B[:, None], mask_BR, c.clip)
+    penalty_BR = kl(logp_BR, _real(ref_logp_BR, mask_BR), "k3")
+    token_BR = jnp.maximum(plain_BR, clipped_BR) + c.kl_coef * penalty_BR
+    length_B = mask_BR.astype(jnp.float32).sum(-1)
+    share_B = jnp.float32(mask_BR.shape[1]) if c.unbiased else jnp.where(length_B > 0, length_B, 1.0)
+    loss = ((token_BR * mask_BR).sum(-1) / share_B).mean().astype(jnp.float32)
+    return loss, {
+        "loss": loss,
+        "ref_kl": masked_mean(penalty_BR, mask_BR),
+        "ratio": masked_mean(ratio_BR, mask_BR),
+        "clip_fraction": masked_mean((clipped_BR > plain_BR).astype(jnp.float32), mask_BR),
         "approx_kl": masked_mean(jnp.expm1(log_ratio_BR) - log_ratio_BR, mask_BR),
     }
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from jaxrlhf.files import Failure, UserError, read_json, write_json
+from jaxrlhf.files import Failure, Stopped, UserError
 from jaxrlhf.logs import say
+from jaxrlhf.names import METHODS, STAGES
 
 USAGE = """jaxrlhf COMMAND [flags]
 
   run        every stage of a recipe, resumable:
              jaxrlhf run --config=configs/quickstart.py --workdir=runs/quickstart
-  pretrain | sft | reward | ppo | sample | evaluate | report
+  pretrain | sft | reward | ppo | dpo | rloo | grpo | sample | evaluate | report
              one stage:  jaxrlhf ppo --config=configs/quickstart.py --workdir=runs/quickstart
   evaluate   anybody's outputs, no config and no training:
              jaxrlhf evaluate --outputs sft=a.json --outputs rlhf=b.json [--reference=r.json]
@@ -29,48 +29,34 @@ USAGE = """jaxrlhf COMMAND [flags]
              who wins, by a judge: --judge=length, or --judge=openai:MODEL [--judge_base_url=http://…/v1]
                               [--judge_template=instructions|tldr|cnndm|FILE] [--judge_order=both|random]
                               [--max_requests=N] [--judge_concurrency=N] [--judge_api_key_env=NAME]
+                              or --judge=reward:DIR, a reward model's [--judge_prompt=alpaca|chat|'…{instruction}…']
              for alpaca_eval: --export_alpaca_eval=FOLDER writes each as FOLDER/NAME/model_outputs.json
   report     the page of a workdir that has results:  jaxrlhf report --workdir=runs/mine
+             of several: jaxrlhf report --workdir=runs/all --compare=runs/a --compare=runs/b
+             over seeds: jaxrlhf report --workdir=runs/all --seeds=runs/s0 --seeds=runs/s1
   import     a Hugging Face directory or hub id as the base that a workdir's runs start from:
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
   export     a trained model as a directory that transformers loads:
-             jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|reward --to=DIR
+             jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|dpo|rloo|grpo|reward --to=DIR
   bench      seconds and memory of a step, beside those of peers that are installed, as a JSON line or a table of all:
-             jaxrlhf bench sample|sft|reward|ppo|all [--shape=small|opt125m | --config=RECIPE] [--repeats=N]
+             jaxrlhf bench sample|sft|reward|ppo|diversity|all [--shape=small|opt125m | --config=RECIPE] [--repeats=N]
 
 Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jaxrlhf/config.py.
 """
-STAGES = ("pretrain", "sft", "reward", "ppo", "sample", "evaluate", "report")
 
 
 def console() -> None:
-    """The console script `jaxrlhf`: exit status 0 done, 2 the user's input is wrong, 1 anything else."""
-    _keep_compiled()
-    status = main(sys.argv)
+    """The console script `jaxrlhf`: exit status 0 done or stopped, 2 the user's input is wrong, 1 anything else."""
+    from jaxrlhf import compiled, preemption
+
+    compiled.keep()
+    recipe = len(sys.argv) > 1 and sys.argv[1] in ("run", *STAGES) and _has(sys.argv, "config")
+    with preemption.leaving() if recipe else contextlib.nullcontext():
+        status = main(sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
         os._exit(status)  # an interrupted compilation can crash the interpreter's own way out
-
-
-def _keep_compiled() -> None:
-    """What XLA compiles is kept for later processes, under the user's cache; JAX's own variables come first.
-
-    Several processes may use it: JAX locks it. JAX does not tell CPUs apart, which a shared home can have several of.
-    """
-    try:
-        flags = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(("flags", "Features"))][:1]
-    except OSError:
-        flags = [platform.processor()]
-    machine = hashlib.sha256("".join([platform.machine(), *flags]).encode()).hexdigest()[:12]
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        (place := home / "jaxrlhf" / "compiled" / machine).mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written
-        return
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(place))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**32))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def main(argv: list[str]) -> int:
@@ -85,8 +71,10 @@ def main(argv: list[str]) -> int:
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 1
     return 0
 
@@ -107,7 +95,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "evaluate" and not _has(rest, "config"):
         _evaluate_outputs(rest)
     elif command == "report" and not _has(rest, "config"):
-        _report(_parse(rest, _values()).workdir)
+        _report(rest)
     else:
         _run_stages(command, rest)
 
@@ -132,7 +120,7 @@ def _flags(argv: list[str], values: flags.FlagValues) -> list[str]:
     try:
         return list(values(argv)[1:])
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from None
+        raise UserError(f"{str(error).splitlines()[0]}; see `jaxrlhf --help`") from None
 
 
 def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
@@ -162,10 +150,10 @@ def _evaluate_outputs(argv: list[str]) -> None:
     flags.DEFINE_string("nli_model", "", "directory of an NLI classifier: nli, clusters", flag_values=values)
     settings = dataclasses.asdict(Judge(""))
     del settings["name"]
-    flags.DEFINE_string("judge", "", "length | openai:MODEL", flag_values=values)
+    flags.DEFINE_string("judge", "", "length | openai:MODEL | reward:DIRECTORY", flag_values=values)
     for key, default in settings.items():
         define: Any = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
-        define(_judge_flag(key), default, "of an LLM judge", flag_values=values)
+        define(_judge_flag(key), default, "of a judge that reads texts", flag_values=values)
     flags.DEFINE_string("export_alpaca_eval", "", "folder for alpaca_eval", flag_values=values)
     parsed = _parse(argv, values)
     if not parsed.outputs:
@@ -192,10 +180,22 @@ def _judge_flag(key: str) -> str:
     return key if key == "max_requests" else f"judge_{key}"
 
 
-def _report(workdir: str) -> None:
-    from jaxrlhf.evaluation import report
+def _report(argv: list[str]) -> None:
+    from jaxrlhf.evaluation import compare, report, seeds
 
-    print(report.write_report(Path(workdir)))
+    values = _values()
+    flags.DEFINE_multi_string("seeds", [], "workdir of one of several seeds", flag_values=values)
+    flags.DEFINE_multi_string("compare", [], "a workdir with results", flag_values=values)
+    parsed = _parse(argv, values)
+    if parsed.compare and parsed.seeds:
+        raise UserError("--compare and --seeds are two reports; give one of them, each a --workdir of its own")
+    if parsed.compare:
+        compare.write_comparison(parsed.compare, Path(parsed.workdir))
+    if parsed.seeds:
+        missing = seeds.write_combined(parsed.seeds, Path(parsed.workdir))["missing"]
+        if missing:
+            say(f"{len(missing)} parts are not in every seed and have no mean over seeds; the report names them")
+    print(report.write_report(Path(parsed.workdir)))
 
 
 def _import(argv: list[str]) -> None:
@@ -213,10 +213,10 @@ def _import(argv: list[str]) -> None:
 
 def _export(argv: list[str]) -> None:
     values = _values()
-    flags.DEFINE_string("policy", "", "sft | ppo | reward", flag_values=values)
+    flags.DEFINE_string("policy", "", "a policy, or reward", flag_values=values)
     flags.DEFINE_string("to", "", "folder to write", flag_values=values)
     parsed = _parse(argv, values)
-    for name, what in (("policy", "sft, ppo or reward"), ("to", "the folder to write")):
+    for name, what in (("policy", "sft, ppo, dpo, rloo, grpo or reward"), ("to", "the folder to write")):
         if not values[name].value:
             raise UserError(f"--{name} is missing: {what}")
     from jaxrlhf import exchange
@@ -228,26 +228,25 @@ def _export(argv: list[str]) -> None:
 def _bench(argv: list[str]) -> None:
     from jaxrlhf import recipes
     from jaxrlhf.bench import command
-    from jaxrlhf.bench.work import SHAPES, STEPS, Work, of_shape
+    from jaxrlhf.bench.work import SHAPES, STEPS, of_recipe, of_shape
 
     values = flags.FlagValues()
     flags.DEFINE_enum("shape", "small", list(SHAPES), "of an OPT with random weights", flag_values=values)
     flags.DEFINE_integer("repeats", 3, "steps that are measured, after a warm-up", 1, flag_values=values)
-    if given := _has(argv, "config"):
-        config, extra = recipes.parse(argv, values)
-    else:
-        config, extra = None, _flags(argv, values)
+    config, extra = recipes.parse(argv, values) if _has(argv, "config") else (None, _flags(argv, values))
     if len(extra) != 1 or extra[0] not in (*STEPS, "all"):
         raise UserError(f"bench takes one of {', '.join(STEPS)}, all; it was given {' '.join(extra) or 'none'}")
-    steps = STEPS if extra[0] == "all" else extra
+    if config is not None and _has(argv, "shape"):
+        raise UserError("--shape and --config both say what is measured; give one of them")
+    steps, shape = STEPS if extra[0] == "all" else extra, str(values["shape"].value)
     if config is not None:
-        works = [Work(step, recipes.resolve(config)) for step in steps]
+        works = [of_recipe(step, recipes.resolve(config)) for step in steps]
     else:
         shares = {"sft": (0.8, 0.0), "reward": (0.8, 0.0)}
-        works = [of_shape(step, str(values["shape"].value), k) for step in steps for k in shares.get(step, (0.8,))]
-    found = []
+        works = [of_shape(step, shape, k) for step in steps for k in shares.get(step, (0.8,))]
+    found, repeats = [], int(str(values["repeats"].value))
     for work in works:
-        found.append(command.measure(work, int(values["repeats"].value), with_peers=not given))
+        found.append(command.measure(work, repeats, with_peers=config is None))
         if extra[0] != "all":
             print(json.dumps(found[-1]), flush=True)
     if extra[0] == "all":
@@ -256,6 +255,7 @@ def _bench(argv: list[str]) -> None:
 
 def _run_stages(command: str, argv: list[str]) -> None:
     from jaxrlhf import recipes
+    from jaxrlhf.claim import claim
     from jaxrlhf.config import with_base
 
     values = _values()
@@ -264,11 +264,13 @@ def _run_stages(command: str, argv: list[str]) -> None:
     parsed, extra = recipes.parse(argv, values)
     _finish_parsing(extra, values)
     experiment = recipes.resolve(parsed)
+    if command in METHODS and command not in experiment.stages:
+        raise UserError(f"config.methods={experiment.methods!r} does not name {command}; nothing would measure it")
     workdir = Path(str(values["workdir"].value))
     experiment = with_base(experiment, workdir)
     unclaimed = not (workdir / "config.json").exists()
-    _claim(workdir, experiment)
-    stages = STAGES if command == "run" else (command,)
+    claim(workdir, experiment)
+    stages = experiment.stages if command == "run" else (command,)
     from jaxrlhf import stages as runner
 
     try:
@@ -277,16 +279,3 @@ def _run_stages(command: str, argv: list[str]) -> None:
         if unclaimed and not any((workdir / s).exists() for s in (*STAGES, "samples")):
             (workdir / "config.json").unlink()  # nothing was made yet: the corrected config may have the workdir
         raise
-
-
-def _claim(workdir: Path, experiment: Any) -> None:
-    """Writes the resolved config, or makes sure that the workdir belongs to this one; `evaluation` may change."""
-    from jaxrlhf.config import changes
-
-    resolved = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    path = workdir / "config.json"
-    if path.exists():
-        different = [c for c in changes(read_json(path), resolved) if not c.startswith("config.evaluation.")]
-        if different:
-            raise UserError(f"{workdir} belongs to another config ({different[0]}); take another --workdir")
-    write_json(path, resolved)

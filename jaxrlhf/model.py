@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.types import Frozen, Params, Top
 
@@ -266,7 +267,7 @@ def run_blocks(
         window_L = jnp.asarray([w or everything for w in arch.windows], jnp.int32)[first : first + depth(blocks)]
 
     def body(h: jax.Array, layer: tuple[Params, jax.Array | None], pick: Pick = lambda x: x) -> tuple[jax.Array, Any]:
-        block, window = cast(arch, layer[0]), layer[1]
+        block, window, h = cast(arch, layer[0]), layer[1], by_rows(h)
         seen_BTS = pick(mask_BTS if window is None else mask_BTS & (distance_BTS < window))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
@@ -277,10 +278,21 @@ def run_blocks(
     layers = (blocks, window_L)
     if pick is None or not depth(blocks):
         h_BTD, kept = jax.lax.scan(body, h_BTD, layers)
-        return h_BTD if pick is None else pick(h_BTD), kept
+        return by_rows(h_BTD if pick is None else pick(h_BTD)), kept
     h_BTD, kept = jax.lax.scan(body, h_BTD, jax.tree.map(lambda x: x[:-1], layers))
     h_BQD, own = body(h_BTD, jax.tree.map(lambda x: x[-1], layers), pick)
-    return h_BQD, jax.tree.map(lambda below, x: jnp.concatenate([below, x[None]]), kept, own)
+    return by_rows(h_BQD), jax.tree.map(lambda below, x: jnp.concatenate([below, x[None]]), kept, own)
+
+
+def by_rows(h_BTD: jax.Array) -> jax.Array:
+    """Keeps activations divided by rows over the mesh in use, where there is one.
+
+    Left to itself, GSPMD may gather the rows and divide the width instead, as parameters under fsdp are divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or h_BTD.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return h_BTD
+    return jax.lax.with_sharding_constraint(h_BTD, P(("data", "fsdp")))
 
 
 def cast(arch: Architecture, tree: Tree) -> Tree:

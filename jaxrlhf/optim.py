@@ -1,4 +1,4 @@
-"""AdamW and its schedule, and the state that a stage starts from."""
+"""AdamW and its schedule, the state that a stage starts from, and the update that leaves out what is not finite."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from jaxrlhf import sharding
 from jaxrlhf.config import Optim
 from jaxrlhf.files import UserError
 from jaxrlhf.types import TrainState
+
+IN_A_ROW = 3  # updates left out one after another that stop a run
 
 
 def schedule(c: Optim, steps: int) -> optax.Schedule:
@@ -36,11 +38,44 @@ def optimizer(c: Optim, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(c.clip_norm), adam) if c.clip_norm else adam
 
 
+def of_each(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` for each of the models that are stacked on the leading axis: own moments, own gradient norm."""
+    return optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+
+
 def new_state(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, kl_coef: jax.Array | None = None
 ) -> TrainState:
     """Step 0 of a stage that trains `params`; the state owns its arrays, since steps donate it."""
     params = jax.tree.map(jnp.copy, params)
     # The trained tree's paths end alike in Adam's moments, so one table of rules serves both.
-    state = TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), kl_coef=kl_coef)
+    counts = {"step": jnp.int32(0), "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
+    state = TrainState(params=params, opt_state=tx.init(params), kl_coef=kl_coef, **counts)
     return sharding.place(state, mesh)
+
+
+def update(
+    tx: optax.GradientTransformation, loss: jax.Array, grads: Any, state: TrainState
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after one optimizer step, its `step` apart, and the gradient's norm.
+
+    Where the loss or the gradient's norm is not finite, parameters and optimizer stay as they are, to the bit, and the
+    update is counted as left out. After `IN_A_ROW` of these nothing changes any more: the run is to be stopped.
+    """
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.in_a_row < IN_A_ROW)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    new, old = (optax.apply_updates(state.params, updates), opt_state), (state.params, state.opt_state)
+    params, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        params=params,
+        opt_state=opt_state,
+        skipped=state.skipped + jnp.where(good, 0, 1),
+        in_a_row=jnp.where(good, 0, state.in_a_row + 1),
+    )
+    return state, {"grad_norm": norm}
+
+
+def left_out(state: TrainState) -> dict[str, jax.Array]:
+    """The counts of updates left out, as metrics that outlive the state."""
+    return {"skipped": state.skipped, "in_a_row": state.in_a_row}

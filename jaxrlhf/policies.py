@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import model, sampling, sharding
+from jaxrlhf import losses, model, sampling, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.logs import progress
-from jaxrlhf.types import Frozen, PromptBatch, Sample, Scorer, Top
+from jaxrlhf.types import Ensemble, Frozen, PromptBatch, Sample, Scorer, Top
 
-# Scores [B * N] of a batch of prompts' N responses each, as drawn.
+# Scores [B * N] of a batch of prompts' N responses each, as drawn; or [B * N, E], several of each.
 Score = Callable[[PromptBatch, Sample, int], np.ndarray]
 
 
@@ -25,12 +25,12 @@ class Responses:
 
     texts: list[list[str]]  # [B][N]
     finished_BN: np.ndarray  # bool
-    scores_BN: np.ndarray | None  # f32, where a reward model scored them
+    scores_BN: np.ndarray | None  # f32, where a reward model scored them; [B, N, E] where there were several scores
 
 
 @jax.jit(static_argnames=("arch",))
 def score(
-    arch: model.Architecture, frozen: Frozen, scorer: Scorer, token_BT: jax.Array, mask_BT: jax.Array
+    arch: model.Architecture, frozen: Frozen, scorer: Scorer | Ensemble, token_BT: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
     """Reward-model scores [B], read at each row's last real token; padding on either side changes nothing."""
     hidden_BTD = model.trunk(arch, frozen, token_BT, mask_BT)
@@ -38,9 +38,16 @@ def score(
 
 
 def read_out(
-    arch: model.Architecture, scorer: Scorer, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array
+    arch: model.Architecture,
+    scorer: Scorer | Ensemble,
+    token_BT: jax.Array,
+    hidden_BTD: jax.Array,
+    mask_BT: jax.Array,
 ) -> jax.Array:
-    """The same from the trunk's hidden states, which all roles share."""
+    """The same from the trunk's hidden states, which all roles share, and all members of an ensemble."""
+    if isinstance(scorer, Ensemble):
+        score_EB = jax.vmap(lambda member: read_out(arch, member, token_BT, hidden_BTD, mask_BT))(scorer.members)
+        return losses.combine_scores(score_EB, scorer.combine, scorer.uncertainty_coef)
     last_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1] > 0, axis=1)
     rows_B = jnp.arange(len(last_B))
     final_B1D = model.run_top(arch, scorer.top, token_BT, hidden_BTD, mask_BT, lambda x: x[rows_B, last_B][:, None])
@@ -74,7 +81,8 @@ def respond(
         )
         rows = valid * samples
         if scored_by is not None:
-            scores.append(scored_by(batch, drawn, samples)[:rows].reshape(-1, samples))
+            scored = scored_by(batch, drawn, samples)[:rows]
+            scores.append(scored.reshape(-1, samples, *scored.shape[1:]))
         decoded = decode(run, drawn.tokens_BR, drawn.mask_BR)[:rows]
         texts += [decoded[j : j + samples] for j in range(0, rows, samples)]
         finished.append(np.asarray(drawn.finished_B)[:rows].reshape(-1, samples))
@@ -83,7 +91,7 @@ def respond(
     return Responses(texts, np.concatenate(finished), np.concatenate(scores) if scores else None)
 
 
-def on_trunk(run: Run, scorer: Scorer) -> Score:
+def on_trunk(run: Run, scorer: Scorer | Ensemble) -> Score:
     """Scores by a reward model that shares the policy's trunk."""
 
     def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:

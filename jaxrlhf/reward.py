@@ -1,9 +1,12 @@
-"""The reward model: pairwise cross-entropy at the last real token (Stiennon et al. 2020), then normalised."""
+"""The reward model: pairwise cross-entropy at the last real token (Stiennon et al. 2020), then normalised.
+
+An ensemble's members have heads and orders of the pairs of their own, and learn side by side on one trunk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -11,22 +14,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, optim, policies, scoring, sharding, weights
+from jaxrlhf import hub, loop, losses, model, optim, policies, scoring, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import wilson
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_records, write_records
-from jaxrlhf.types import Frozen, PairBatch, ScalarHead, Scorer, TrainState
+from jaxrlhf.types import Ensemble, Frozen, PairBatch, ScalarHead, Scorer, Top, TrainState
 
 
 def loss(
-    arch: model.Architecture, frozen: Frozen, scorer: Scorer, batch: PairBatch
+    arch: model.Architecture, frozen: Frozen, scorer: Scorer | Ensemble, batch: PairBatch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-log sigmoid(score of the chosen - score of the rejected)."""
-    hidden_BTD = model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT)
-    score_2B = policies.read_out(arch, scorer, batch.tokens_BT, hidden_BTD, batch.mask_BT)
-    chosen_B, rejected_B = jnp.split(score_2B, 2)
-    return losses.reward_loss(chosen_B, rejected_B)
+    """-log sigmoid(score of the chosen - score of the rejected); summed over members, each with a batch of its own.
+
+    An ensemble's batch is those of its members, one after the other. Metrics are means over members.
+    """
+    rows = batch.tokens_BT, model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT), batch.mask_BT
+    if isinstance(scorer, Scorer):
+        return losses.reward_loss(*jnp.split(policies.read_out(arch, scorer, *rows), 2))
+    E = scorer.members.head.b.shape[0]
+    own = (x.reshape(E, -1, *x.shape[1:]) for x in rows)
+    score_EP = jax.vmap(partial(policies.read_out, arch))(scorer.members, *own)
+    loss_E, metrics = jax.vmap(losses.reward_loss)(*jnp.split(score_EP, 2, axis=1))
+    return loss_E.sum(), jax.tree.map(jnp.mean, metrics)
 
 
 @partial(jax.jit, static_argnames=("arch", "tx"), donate_argnames=("state",))
@@ -35,10 +45,9 @@ def step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the reward model's top and head."""
     grads, metrics = jax.grad(lambda scorer: loss(arch, frozen, scorer, batch), has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # pyright: ignore
-    return state, metrics | {"grad_norm": optax.global_norm(grads)}
+    state, norm = optim.update(tx, metrics["loss"], grads, state)
+    state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return state, metrics | norm | optim.left_out(state)
 
 
 def reward(run: Run) -> None:
@@ -48,36 +57,37 @@ def reward(run: Run) -> None:
         return _adopt(run)
     sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh)
     pairs = preferences(run)
-    if not pairs["train"]:
-        raise UserError(
-            f"{run.directory('reward')}: no pair to learn from, all SFT samples of a prompt are equal; "
-            "raise config.sampling.temperature or config.reward.samples_per_prompt in another --workdir"
-        )
-    train_batches = batches.pair_batches(
-        pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=run.seed("reward"), **run.lengths
-    )
+    check_pairs(run, pairs)
+    seeds = [run.seed("reward"), *(run.seed(f"reward {e}") for e in range(1, c.ensemble))]
+    streams = [
+        batches.pair_batches(pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=seed, **run.lengths)
+        for seed in seeds
+    ]
+    ids = [batches.ids(pairs["train"], batch_size=c.batch_size, seed=seed) for seed in seeds]
     tx = optim.optimizer(c.optim, c.loop.steps)
+    tx = tx if c.ensemble == 1 else optim.of_each(tx)
     frozen = run.base[0]
     state = loop.run(
         stage="reward",
         title=run.title,
         directory=run.directory("reward"),
         loop=c.loop,
-        state=optim.new_state(tx, Scorer(top=run.policy("sft"), head=new_head(run)), run.mesh),
-        meta=run.meta,
-        step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
+        state=optim.new_state(tx, _start(run), run.mesh),
+        meta=run.meta("reward"),
+        step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(_joined(streams, i), run.mesh)),
+        ids=lambda i: [name for member in ids for name in member[i]],
         evaluate=lambda state: {
             f"accuracy_{s}": e["mean"] for s, e in accuracy(run, state.params, pairs)["accuracy"].items()
         },
     )
-    by_split = accuracy(run, state.params, pairs)
+    found = normalisation(run, state.params)
     run.finish(
         "reward",
         {
             "steps": c.loop.steps,
             "pairs": {s: len(p) for s, p in pairs.items()},
-            "normalisation": normalisation(run, state.params),
-            **by_split,
+            "normalisation": found,
+            **accuracy(run, run.normalised(state.params, found), pairs),
             **batches.cut(pairs, run.task.tokenizer, **run.lengths, fields=("chosen", "rejected")),
         },
     )
@@ -86,7 +96,7 @@ def reward(run: Run) -> None:
 def _adopt(run: Run) -> None:
     """Takes a reward model from elsewhere: tries it on the splits' preferences, and normalises it."""
     init = run.config.reward.init
-    directory = weights.directory_of(init, "config.reward.init")
+    directory = hub.directory_of(init, "config.reward.init")
     found = scoring.load(directory, run.mesh)
     pairs = {s: p for s, p in preferences(run, train=False).items() if s != "train"}
     run.finish(
@@ -102,17 +112,44 @@ def _adopt(run: Run) -> None:
     )
 
 
-def new_head(run: Run) -> ScalarHead:
-    """A read-out drawn with standard deviation 1/sqrt(D + 1) (Stiennon et al. 2020), bias 0."""
-    w_D = jax.random.normal(run.key("reward head"), (run.arch.width,), jnp.float32) * (run.arch.width + 1) ** -0.5
+def new_head(run: Run, what: str, member: int = 0) -> ScalarHead:
+    """A read-out drawn with standard deviation 1/sqrt(D + 1) (Stiennon et al. 2020), bias 0; `what` names its key."""
+    w_D = jax.random.normal(run.key(what, member), (run.arch.width,), jnp.float32) * (run.arch.width + 1) ** -0.5
     return sharding.place(ScalarHead(w_D=w_D, b=jnp.zeros((), jnp.float32)), run.mesh)
 
 
-def normalisation(run: Run, reward: scoring.Reward) -> dict[str, float]:
-    """Mean and standard deviation of the scores of SFT samples, to which the reward model is then normalised."""
+def _start(run: Run) -> Scorer | Ensemble:
+    """SFT's top under new heads; an ensemble's first member is what a reward model alone would be."""
+    top, size = run.policy("sft"), run.config.reward.ensemble
+    heads = [new_head(run, "reward head", e) for e in range(size)]
+    if size == 1:
+        return Scorer(top=top, head=heads[0])
+    members = jax.tree.map(lambda *x: jnp.stack(x), *(Scorer(top=top, head=h) for h in heads))
+    return Ensemble(members=members, combine="mean", uncertainty_coef=0.0)
+
+
+def _joined(streams: Sequence[batches.Batches[PairBatch]], step: int) -> PairBatch:
+    return jax.tree.map(lambda *x: np.concatenate(x), *(stream[step] for stream in streams))
+
+
+def check_pairs(run: Run, pairs: Mapping[str, Sequence]) -> None:
+    """`UserError` where there is nothing to learn from."""
+    if not pairs["train"]:
+        raise UserError(
+            f"{run.directory('reward')}: no pair to learn from, all SFT samples of a prompt are equal; "
+            "raise config.sampling.temperature or config.reward.samples_per_prompt in another --workdir"
+        )
+
+
+def normalisation(run: Run, reward: scoring.Reward) -> dict[str, Any]:
+    """Mean and standard deviation of the scores of SFT samples, to which the reward model is then normalised.
+
+    Of an ensemble, lists: each member is normalised by its own.
+    """
     c = run.config.reward
     prompts = min(-(-c.normalise_samples // c.samples_per_prompt), len(run.task.ppo_prompts))
     records = run.task.ppo_prompts[:prompts]
+    scorers = [scoring.scored_by(run, member) for member in scoring.members(reward)]
     drawn = policies.respond(
         run,
         run.policy("sft"),
@@ -120,26 +157,34 @@ def normalisation(run: Run, reward: scoring.Reward) -> dict[str, float]:
         samples=c.samples_per_prompt,
         key=run.key("normalise"),
         generation=policies.generation(run),
-        scored_by=scoring.scored_by(run, reward),
+        scored_by=lambda *asked: np.stack([score(*asked) for score in scorers], -1),
         title="normalise",
     )
     assert drawn.scores_BN is not None
-    return {
-        "mean": float(drawn.scores_BN.mean()),
-        "std": max(float(drawn.scores_BN.std()), 1e-6),
-        "n": drawn.scores_BN.size,
-    }
+    each = [np.ascontiguousarray(x) for x in np.moveaxis(drawn.scores_BN, -1, 0)]
+    means, stds = [float(x.mean()) for x in each], [max(float(x.std()), 1e-6) for x in each]
+    alone = not isinstance(reward, Ensemble)
+    return {"mean": means[0] if alone else means, "std": stds[0] if alone else stds, "n": each[0].size}
 
 
 def accuracy(run: Run, reward: scoring.Reward, pairs: Mapping[str, Sequence]) -> dict[str, dict[str, Any]]:
     """How often the chosen response scores higher, on every split but `train`; and the one that gold prefers."""
+    score = lambda records, side: scoring.of_responses(run, reward, records, side)  # noqa: E731
+    return agreement(run, pairs, margins(pairs, score))
+
+
+def margins(pairs: Mapping[str, Sequence], score: Callable[[Sequence, str], np.ndarray]) -> dict[str, np.ndarray]:
+    """The number of each chosen response less that of the rejected one [N], for every split but `train`."""
+    return {s: score(r, "chosen") - score(r, "rejected") for s, r in pairs.items() if s != "train" and r}
+
+
+def agreement(run: Run, pairs: Mapping[str, Sequence], margins: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """How often margins are positive, and how often they have the sign of the gold judge's."""
     found: dict[str, dict[str, Any]] = {"accuracy": {}, "gold_accuracy": {}}
-    for split, records in ((s, r) for s, r in pairs.items() if s != "train" and r):
-        chosen_B, rejected_B = (scoring.of_responses(run, reward, records, side) for side in ("chosen", "rejected"))
-        margin_B = chosen_B - rejected_B
+    for split, margin_B in margins.items():
         found["accuracy"][split] = wilson(int((margin_B > 0).sum()), len(margin_B))
         if run.task.gold is not None:
-            gold_B = np.array([float(r["gold_chosen"]) - float(r["gold_rejected"]) for r in records])
+            gold_B = np.array([float(r["gold_chosen"]) - float(r["gold_rejected"]) for r in pairs[split]])
             right_B = (margin_B * np.sign(gold_B))[gold_B != 0] > 0
             found["gold_accuracy"][split] = wilson(int(right_B.sum()), len(right_B))
     return found
@@ -154,18 +199,18 @@ def preferences(run: Run, train: bool = True) -> Mapping[str, Sequence]:
         return run.task.preferences
     folder = run.directory("reward") / "preferences"
     sources = {"train": run.task.preference_prompts, **run.task.splits}
-    found = {}
+    found, policy = {}, cache(run.policy)  # the checkpoint is checked and read once
     for i, (split, records) in enumerate(sources.items()):
         path = folder / f"{split}.jsonl"
         if split == "train" and not train:
             continue
         if not path.exists():
-            write_records(path, _compare(run, split, records, i))
+            write_records(path, _compare(run, policy("sft"), split, records, i))
         found[split] = read_records(path)
     return found
 
 
-def _compare(run: Run, split: str, records: Sequence, index: int) -> list[dict[str, str]]:
+def _compare(run: Run, top: Top, split: str, records: Sequence, index: int) -> list[dict[str, str]]:
     """Pairs of one prompt's SFT samples, in the order that a simulated annotator prefers; equal texts are no pair."""
     gold, prefers_first = run.task.gold, run.task.prefers_first
     assert gold is not None
@@ -173,7 +218,7 @@ def _compare(run: Run, split: str, records: Sequence, index: int) -> list[dict[s
     samples = run.config.reward.samples_per_prompt
     drawn = policies.respond(
         run,
-        run.policy("sft"),
+        top,
         records,
         samples=samples,
         key=run.key("preferences", index),

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import model, policies, sharding, weights
-from jaxrlhf.data import batches, tokens
+from jaxrlhf import config as configs
+from jaxrlhf import hub, model, policies, sharding, weights
+from jaxrlhf.data import batches, task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json
 from jaxrlhf.split import split
-from jaxrlhf.types import Frozen, PromptBatch, Sample, ScalarHead, Scorer
+from jaxrlhf.types import Ensemble, Frozen, PromptBatch, Sample, ScalarHead, Scorer
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class RewardModel:
 
     arch: model.Architecture
     frozen: Frozen
-    scorer: Scorer
+    scorer: Scorer | Ensemble
     tokenizer: tokens.Tokenizer
 
 
-Reward = Scorer | RewardModel
+Reward = Scorer | Ensemble | RewardModel
 
 
 def of_run(run: Run) -> Reward:
@@ -46,10 +47,11 @@ def of_run(run: Run) -> Reward:
     if not run.finished("reward"):
         raise UserError(f"{run.workdir}: stage 'reward' is not finished; run `jaxrlhf reward` first")
     found = read_json(run.directory("reward") / "summary.json")
-    directory = weights.directory_of(run.config.reward.init, "config.reward.init")
+    directory = hub.directory_of(run.config.reward.init, "config.reward.init")
     if sha256(directory) != found["sha256"]:
         raise UserError(f"config.reward.init={run.config.reward.init!r}: not the model that stage 'reward' normalised")
     reward = load(directory, run.mesh)
+    assert isinstance(reward.scorer, Scorer)
     mean, std = found["normalisation"]["mean"], found["normalisation"]["std"]
     head = ScalarHead(w_D=reward.scorer.head.w_D / std, b=(reward.scorer.head.b - mean) / std)
     return replace(reward, scorer=Scorer(top=reward.scorer.top, head=head))
@@ -57,7 +59,7 @@ def of_run(run: Run) -> Reward:
 
 def scored_by(run: Run, reward: Reward) -> policies.Score:
     """How samples of this run's policies are scored."""
-    if isinstance(reward, Scorer):
+    if not isinstance(reward, RewardModel):
         return policies.on_trunk(run, reward)
 
     def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
@@ -68,13 +70,20 @@ def scored_by(run: Run, reward: Reward) -> policies.Score:
     return score_drawn
 
 
+def members(reward: Reward) -> list[Reward]:
+    """The members of an ensemble, each a reward model; of any other, itself."""
+    if not isinstance(reward, Ensemble):
+        return [reward]
+    return [jax.tree.map(lambda x, e=e: x[e], reward.members) for e in range(reward.members.head.b.shape[0])]
+
+
 def of_responses(run: Run, reward: Reward, records: Sequence, field: str) -> np.ndarray:
     """Scores [N] of the responses that records have in `field`, cut to fit as training cuts them."""
     size = run.config.sampling.batch_size
     examples = [r | {"response": r[field], "response_finished": r.get(f"{field}_finished", "1")} for r in records]
     scores = [np.zeros(0, np.float32)]
     for batch, valid in batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths):
-        if isinstance(reward, Scorer):
+        if not isinstance(reward, RewardModel):
             placed = sharding.shard_batch(batch, run.mesh)
             found = policies.score(run.arch, run.base[0], reward, placed.tokens_BT, placed.mask_BT)
         else:
@@ -102,6 +111,31 @@ def load(directory: Path, mesh: jax.sharding.Mesh | None = None) -> RewardModel:
         raise UserError(f"{directory}: its tokenizer has {tokenizer.size} ids, its embeddings {arch.vocab_size} rows")
     frozen, top = split(params, 0)
     return RewardModel(arch, frozen, Scorer(top=top, head=head), tokenizer)
+
+
+def of_directory(directory: Path) -> RewardModel:
+    """The reward model of a Hugging Face directory, or of a workdir, normalised as its own run has it.
+
+    Raises:
+      UserError: there is none, a part of it is wrong, or the workdir's stage `reward` is not finished.
+    """
+    path = directory / "config.json"
+    found = read_json(path) if path.exists() else {}
+    if "model_type" in found:
+        return load(directory)
+    if "reward" not in found:
+        raise UserError(
+            f"{directory}: no reward model in it; expected a Hugging Face directory, or a workdir whose stage 'reward' "
+            "is finished"
+        )
+    if not (directory / "reward" / "summary.json").exists():
+        raise UserError(f"{directory}: stage 'reward' is not finished; run `jaxrlhf reward` there first")
+    config = configs.read(path)
+    run = Run(config, directory, task.Task(task.tokenizer(config, directory)), "")
+    reward = of_run(run)
+    if isinstance(reward, RewardModel):
+        return reward
+    return RewardModel(run.arch, run.base[0], reward, run.task.tokenizer)
 
 
 def score_texts(

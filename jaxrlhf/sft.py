@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -34,10 +33,9 @@ def step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on TOP."""
     grads, metrics = jax.grad(lambda top: loss(arch, frozen, top, batch), has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # pyright: ignore
-    return state, metrics | {"grad_norm": optax.global_norm(grads)}
+    state, norm = optim.update(tx, metrics["loss"], grads, state)
+    state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return state, metrics | norm | optim.left_out(state)
 
 
 _evaluate = partial(jax.jit, static_argnames=("arch",))(
@@ -53,7 +51,6 @@ def train(
     examples: Records,
     validation: Records,
     prompt_weight: float,
-    meta: Mapping[str, str],
 ) -> None:
     """Trains `top` on examples of {prompt, response}, for `pretrain` and `sft` alike."""
     c = run.config.sft if stage == "sft" else run.config.pretrain
@@ -82,8 +79,9 @@ def train(
         directory=run.directory(stage),
         loop=c.loop,
         state=optim.new_state(tx, top, run.mesh),
-        meta=meta,
+        meta=run.meta(stage),
         step=lambda state, i: step(run.arch, tx, state, frozen, sharding.shard_batch(train_batches[i], run.mesh)),
+        ids=lambda i: batches.ids(examples, batch_size=c.batch_size, seed=run.seed(stage))[i],
         evaluate=evaluate,
     )
     cut = batches.cut({"train": examples}, run.task.tokenizer, **run.lengths, fields=("response",))
@@ -95,10 +93,10 @@ def pretrain(run: Run) -> None:
     frozen, top = split(model.init(run.arch, run.key("init")), 0)
     top = sharding.place(top, run.mesh)
     examples, held_out = run.task.documents(), run.task.held_out_documents()
-    train(run, "pretrain", frozen, top, examples, held_out, run.config.pretrain.prompt_weight, {})
+    train(run, "pretrain", frozen, top, examples, held_out, run.config.pretrain.prompt_weight)
 
 
 def sft(run: Run) -> None:
     """Supervised fine-tuning of TOP on demonstrations, with loss on the response and its end-of-text only."""
     frozen, top = run.base
-    train(run, "sft", frozen, top, run.task.demonstrations, run.task.validation, 0.0, run.meta)
+    train(run, "sft", frozen, top, run.task.demonstrations, run.task.validation, 0.0)

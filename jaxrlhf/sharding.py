@@ -26,7 +26,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/(up|gate)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/down/kernel$", P(None, "tensor", "fsdp")),
     (r"(scale|bias|w_D|b)$", P()),
-    (r"(^|/)(count|step|kl_coef)$", P()),
+    (r"(^|/)(count|step|skipped|in_a_row|kl_coef)$", P()),
 )
 
 
@@ -44,11 +44,15 @@ def make_mesh(c: Mesh) -> DeviceMesh:
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: DeviceMesh) -> P:
-    """The partition of one parameter; a dimension that an axis does not divide stays whole."""
+    """The partition of one parameter; a dimension that an axis does not divide stays whole.
+
+    Leading axes beyond a rule's, such as an ensemble's members, stay whole too.
+    """
     for pattern, rule in RULES:
         if re.search(pattern, path):
-            axes = [a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(rule)]
-            return P(*axes)
+            lead = len(shape) - len(rule) if rule else 0
+            axes = [a if a and shape[lead + i] % mesh.shape[a] == 0 else None for i, a in enumerate(rule)]
+            return P(*[None] * lead, *axes)
     raise ValueError(f"no sharding rule for parameter {path!r}")
 
 

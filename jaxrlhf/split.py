@@ -18,10 +18,18 @@ from jaxrlhf.types import Frozen, Params, Top
 
 def split(params: Params, freeze_layers: float) -> tuple[Frozen, Top]:
     """FROZEN and TOP. `freeze_layers` is the share of bottom blocks frozen, rounded down (Kirk et al.); 0 = nothing."""
-    layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    k = int(freeze_layers * layers)
-    lower = jax.tree.map(lambda x: x[:k], params["blocks"])
-    upper = jax.tree.map(lambda x: x[k:], params["blocks"])
+    return take_apart(params | {"blocks": dict(params["blocks"])}, freeze_layers)
+
+
+def take_apart(params: Params, freeze_layers: float) -> tuple[Frozen, Top]:
+    """The same, `params["blocks"]` being emptied on the way, so that only one module of them is ever held twice."""
+    blocks, lower, upper = params["blocks"], {}, {}
+    k = int(freeze_layers * jax.tree.leaves(blocks)[0].shape[0])
+    for module in list(blocks):
+        stacks = blocks.pop(module)
+        lower[module], upper[module] = (jax.tree.map(lambda x, s=s: x[s], stacks) for s in (slice(k), slice(k, None)))
+        del stacks
+        jax.block_until_ready((lower[module], upper[module]))
     if freeze_layers == 0:
         return Frozen(embed={}, blocks=lower, lm_head={}), Top(
             embed=params["embed"], blocks=upper, final_norm=params["final_norm"], lm_head=params["lm_head"]
@@ -33,9 +41,15 @@ def split(params: Params, freeze_layers: float) -> tuple[Frozen, Top]:
 
 def join(frozen: Frozen, top: Top) -> Params:
     """The whole parameters again: the inverse of `split`."""
+    whole = pieces(frozen, top)
+    return whole | {"blocks": jax.tree.map(jnp.concatenate, whole["blocks"], is_leaf=lambda x: isinstance(x, tuple))}
+
+
+def pieces(frozen: Frozen, top: Top) -> Params:
+    """The same without a copy: each leaf of the blocks is a pair, its lower layers and its upper ones."""
     return {
         "embed": frozen.embed or top.embed,
-        "blocks": jax.tree.map(lambda a, b: jnp.concatenate([a, b]), frozen.blocks, top.blocks),
+        "blocks": jax.tree.map(lambda a, b: (a, b), frozen.blocks, top.blocks),
         "final_norm": top.final_norm,
         "lm_head": frozen.lm_head or top.lm_head,
     }

@@ -5,24 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxrlhf import collect, ppo, reward, scoring, sft, weights
+import jax
+
+from jaxrlhf import collect, dpo, groups, hub, ppo, reward, scoring, sft
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
 from jaxrlhf.evaluation import report, results
-from jaxrlhf.experiment import STAGES, Run
+from jaxrlhf.experiment import Run
 from jaxrlhf.logs import say
 
-_TRAIN = {"pretrain": sft.pretrain, "sft": sft.sft, "reward": reward.reward, "ppo": ppo.ppo, "sample": collect.sample}
+_TRAIN = {
+    "pretrain": sft.pretrain,
+    "sft": sft.sft,
+    "reward": reward.reward,
+    "ppo": ppo.ppo,
+    "dpo": dpo.dpo,
+    "rloo": groups.rloo,
+    "grpo": groups.grpo,
+    "sample": collect.sample,
+}
 
 
 def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_finished: bool) -> None:
     """Runs the stages named; with `skip_finished`, those that are not complete, and what follows from them."""
     if config.reward.init and "reward" in stages and not (workdir / "reward" / "summary.json").exists():
-        scoring.load(weights.directory_of(config.reward.init, "config.reward.init"))  # mistakes before hours of SFT
+        scoring.load(hub.directory_of(config.reward.init, "config.reward.init"))  # mistakes before hours of SFT
     data = task.load(config, workdir, say) if any(s in _TRAIN for s in stages) else None
     fresh = False
     for stage in stages:
-        title = f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}"
+        title = f"[{config.stages.index(stage) + 1}/{len(config.stages)}] {stage}"
         if stage == "evaluate":
             if fresh or not skip_finished or not (workdir / "results.json").exists():
                 say(f"{title}: measuring generalisation and diversity")
@@ -44,5 +55,6 @@ def run_stages(config: Experiment, workdir: Path, stages: Sequence[str], skip_fi
             if skip_finished and run.finished(stage):
                 say(f"{title}: complete")
                 continue
-            _TRAIN[stage](run)
+            with jax.set_mesh(run.mesh):
+                _TRAIN[stage](run)
             fresh = True

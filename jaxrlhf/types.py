@@ -25,6 +25,7 @@ class PairBatch:
 
     tokens_BT: jax.Array  # int32 [2B, T]
     mask_BT: jax.Array  # f32 [2B, T]
+    weight_BT: jax.Array  # f32 [2B, T], 1 on the response and its end-of-text
 
 
 @struct.dataclass
@@ -72,6 +73,15 @@ class Scorer:
 
 
 @struct.dataclass
+class Ensemble:
+    """Reward models on one trunk, and how their scores become one: see `losses.combine_scores`."""
+
+    members: Scorer  # leaves [E, ...]
+    combine: str = struct.field(pytree_node=False)
+    uncertainty_coef: float = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class ActorCritic:
     """PPO's policy, and the value read off the same top."""
 
@@ -81,11 +91,11 @@ class ActorCritic:
 
 @struct.dataclass
 class Fixed:
-    """What PPO holds still: the trunk that the roles share, the reference policy and the reward model."""
+    """What a policy's training holds still: the trunk that the roles share, the reference and the reward model."""
 
     frozen: Frozen
     ref: Top
-    scorer: Scorer | None  # None where the reward model comes from elsewhere, with a trunk of its own
+    scorer: Scorer | Ensemble | None  # None where the reward model comes from elsewhere, with a trunk of its own
 
 
 @struct.dataclass
@@ -95,6 +105,8 @@ class TrainState:
     step: jax.Array  # int32
     params: Any
     opt_state: Any
+    skipped: jax.Array  # int32: updates left out so far, as the loss or a gradient was not finite
+    in_a_row: jax.Array  # int32: how many of them were the latest updates; see `optim.IN_A_ROW`
     kl_coef: jax.Array | None = None  # PPO's, where it adapts; None elsewhere
 
 
@@ -110,7 +122,7 @@ class Sample:
 
 @struct.dataclass
 class Rollout:
-    """A batch of responses with all that PPO's epochs need; nothing in it is recomputed."""
+    """A batch of responses with all that epochs on it need; nothing in it is recomputed."""
 
     tokens_BT: jax.Array  # prompt (left-padded) and response (right-padded)
     mask_BT: jax.Array
@@ -118,7 +130,20 @@ class Rollout:
     hidden_BTD: jax.Array  # the trunk's output, shared by policy, reference, reward and value
     logp_BR: jax.Array
     ref_logp_BR: jax.Array
-    value_BR: jax.Array
     score_B: jax.Array  # reward-model score, penalties included
+
+
+@struct.dataclass
+class PpoRollout(Rollout):
+    """With a value and an advantage of each token."""
+
+    value_BR: jax.Array
     advantage_BR: jax.Array
     return_BR: jax.Array
+
+
+@struct.dataclass
+class GroupRollout(Rollout):
+    """With an advantage of each response over others to its prompt, for RLOO and GRPO."""
+
+    advantage_B: jax.Array

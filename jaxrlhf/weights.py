@@ -7,7 +7,6 @@ one tensor lie there one after the other (GPT-2) or head by head (GPT-NeoX).
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -23,13 +22,10 @@ from flax import traverse_util
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from jaxrlhf import families, model, sharding
+from jaxrlhf import families, model, sharding, shards
 from jaxrlhf.config import Mesh
-from jaxrlhf.families import architecture, listed
-from jaxrlhf.files import UserError, read_json, write_json
+from jaxrlhf.files import UserError, listed, read_json, write_json
 from jaxrlhf.types import Params, ScalarHead
 
 SCORE = "score.weight"
@@ -38,39 +34,41 @@ Read = Callable[[str], np.ndarray]
 BUFFERS = re.compile(
     r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$"
 )
-STORED = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
 def save_params(path: Path, params: Params, metadata: Mapping[str, str]) -> None:
     """Writes a tree of arrays as one flat file, names joined by "/", whole or not at all; types stay as they are."""
-    _write(path, traverse_util.flatten_dict(params, sep="/"), metadata)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    shards.write(path, {name: shards.held(np.asarray(leaf)) for name, leaf in flat.items()}, metadata)
 
 
 def load_params(path: Path) -> tuple[Params, dict[str, str]]:
     """Reads what `save_params` wrote of whole parameters, and its metadata; `UserError` if the file is not whole."""
-    with _open(path) as file:
+    with shards.opened(path) as file:
         names, metadata = list(file.keys()), dict(file.metadata() or {})
-    params = traverse_util.unflatten_dict({name: _tensor(path, name) for name in names}, sep="/")
+    params = traverse_util.unflatten_dict({name: shards.read(path, name) for name in names}, sep="/")
     for name in ("embed", "blocks", "final_norm", "lm_head"):
         params.setdefault(name, {})
     return params, metadata
 
 
-def directory_of(name: str, key: str) -> Path:
-    """The directory of that name, or the hub's snapshot of that id, fetched where it is not in the local cache.
+def architecture(directory: Path) -> model.Architecture:
+    """The decoder that a Hugging Face directory's config.json describes.
 
     Raises:
-      UserError: neither is to be had; names the config's `key`.
+      UserError: it is missing or no JSON, has an option that the decoder lacks, or the directory holds an adapter.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
+    adapter = directory / "adapter_config.json"
+    if adapter.exists():
+        raise UserError(
+            f"{adapter}: an adapter (LoRA), not a whole model; merge it into its base with peft's merge_and_unload(), "
+            "save_pretrained that, and take the directory that it writes"
+        )
+    config = read_json(directory / "config.json")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
-    except (OSError, ValueError) as error:  # all that the hub's client raises for want of a name, a right, a network
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}={name!r}: no such directory, and not to be had from the hub ({reason})") from None
+        return families.architecture(config)
+    except UserError as error:
+        raise UserError(f"{directory}/{error}") from None
 
 
 def load(directory: Path, mesh: DeviceMesh | None = None, dtype: Any = None) -> tuple[model.Architecture, Params]:
@@ -115,13 +113,13 @@ def load_reward(
 def _load(
     directory: Path, mesh: DeviceMesh | None, dtype: Any, reward: bool
 ) -> tuple[model.Architecture, dict[str, Any], np.ndarray]:
-    arch = architecture(read_json(directory / "config.json"))
-    stored = _stored(directory)
+    arch = architecture(directory)
+    stored = shards.stored(directory)
     stack_of, kinds = partial(re.sub, r"\.\d+\.", ".{}."), dict[str, np.dtype]()
 
     def read(name: str) -> np.ndarray:
-        array = _tensor(stored[name], name)
-        if array.dtype not in STORED:
+        array = shards.read(stored[name], name)
+        if array.dtype not in shards.KINDS:
             raise UserError(f"{stored[name]}: tensor {name} is {array.dtype}; expected f32, f16 or bf16")
         if dtype is None and array.dtype != kinds.setdefault(stack_of(name), array.dtype):
             raise UserError(f"{stored[name]}: tensor {name} is {array.dtype}, unlike the same of other layers")
@@ -130,6 +128,11 @@ def _load(
     shapes = {leaf: shape for leaf, shape in _shapes(arch).items() if not (reward and leaf == "lm_head/kernel")}
     prefix = next((p for p in families.PREFIXES[arch.family] if _name(arch, "embed/tokens", p) in stored), "")
     names = {leaf: _name(arch, leaf, prefix) for leaf in shapes}
+    if SCORE in stored and not reward:
+        raise UserError(
+            f"{directory}: holds {SCORE}: a reward model, which has no output head and cannot be a base; "
+            f"PPO trains against it with --config.reward.init={directory}"
+        )
     score = _score(directory, arch, stored, read) if reward else np.zeros((1, 0), np.float32)
     _check_names(directory, arch, names, {k: v for k, v in stored.items() if not (reward and k == SCORE)}, read)
     mesh = mesh or sharding.make_mesh(Mesh())
@@ -151,22 +154,36 @@ def _score(directory: Path, arch: model.Architecture, stored: Mapping[str, Path]
     return array
 
 
-def export(directory: Path, arch: model.Architecture, params: Params, special: Mapping[str, int | None]) -> None:
-    """Writes a policy as a Hugging Face directory, config.json and model.safetensors: the inverse of `load`.
+def export(
+    directory: Path,
+    arch: model.Architecture,
+    params: Params,
+    special: Mapping[str, int | None],
+    shard_bytes: int = shards.SHARD_BYTES,
+) -> None:
+    """Writes a policy as a Hugging Face directory, config.json and safetensors: the inverse of `load`.
+
+    Beside the parameters, the host never holds more than one tensor.
 
     Args:
       directory: made where missing.
       arch: its options must be ones that its family's config can say.
-      params: whole parameters, laid out as by `model.init`.
+      params: whole parameters, laid out as by `model.init`, or as by `split.pieces`.
       special: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`, which the config carries.
+      shard_bytes: what a file holds at most; more than that, and there are several, with an index.
     """
     suffix = "LMHeadModel" if arch.family == "gpt2" else "ForCausalLM"
     config = families.config_of(arch) | dict(special) | {"architectures": [families.CLASSES[arch.family] + suffix]}
-    _write_directory(directory, config, _tensors(arch, params))
+    _write_directory(directory, config, _tensors(arch, params), shard_bytes)
 
 
 def export_reward(
-    directory: Path, arch: model.Architecture, params: Params, head: ScalarHead, special: Mapping[str, int | None]
+    directory: Path,
+    arch: model.Architecture,
+    params: Params,
+    head: ScalarHead,
+    special: Mapping[str, int | None],
+    shard_bytes: int = shards.SHARD_BYTES,
 ) -> None:
     """Writes a reward model as a Hugging Face directory that AutoModelForSequenceClassification loads (one label).
 
@@ -177,9 +194,10 @@ def export_reward(
     Args:
       directory: made where missing.
       arch: as in `export`.
-      params: whole parameters of the reward model's trunk and top.
+      params: as in `export`, of the reward model's trunk and top.
       head: its read-out.
       special: as in `export`; `pad_token_id` is what tells transformers where a text ends, so it must be given.
+      shard_bytes: as in `export`.
     """
     if special.get("pad_token_id") is None:
         raise UserError(f"{directory}: a reward model needs a pad_token_id, which tells transformers where texts end")
@@ -189,90 +207,28 @@ def export_reward(
     tensors.pop(families.HEADS[arch.family], None)
     bias = _name(arch, "final_norm/bias", prefix)
     if bias in tensors and w_D.any():
-        folded = np.asarray(tensors[bias], np.float32) + w_D * (b / float(np.square(w_D, dtype=np.float64).sum()))
-        tensors[bias], b = folded.astype(tensors[bias].dtype), 0.0
+        bias_D = tensors[bias].make()
+        folded_D = np.asarray(bias_D, np.float32) + w_D * (b / float(np.square(w_D, dtype=np.float64).sum()))
+        tensors[bias], b = shards.held(folded_D.astype(bias_D.dtype)), 0.0
     if arch.embed_width:
         project = _name(arch, "embed/project_out", prefix)
-        tensors[project] = np.zeros_like(tensors[project])
-        tensors[project][0] = w_D
+        first = np.zeros(tensors[project].shape, tensors[project].dtype)
+        first[0] = w_D
+        tensors[project] = shards.held(first)
         w_D = np.eye(1, arch.embed_width, dtype=np.float32)[0]
     config = families.config_of(arch) | dict(special) | {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     config |= {"architectures": [families.CLASSES[arch.family] + "ForSequenceClassification"]}
-    _write_directory(directory, config | {"jaxrlhf_score_bias": b}, tensors | {SCORE: w_D[None]})
+    tensors[SCORE] = shards.held(w_D[None])
+    _write_directory(directory, config | {"jaxrlhf_score_bias": b}, tensors, shard_bytes)
 
 
-def _write_directory(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+def _write_directory(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, shards.Tensor], shard_bytes: int
+) -> None:
     kind = next(iter(tensors.values())).dtype
     name = "bfloat16" if kind == ml_dtypes.bfloat16 else str(kind)
-    _write(directory / "model.safetensors", tensors, {"format": "pt"})
+    shards.write_model(directory, tensors, shard_bytes)
     write_json(directory / "config.json", {**config, "dtype": name})
-
-
-def _stored(directory: Path, opened_by: str = "transformers' AutoModelForCausalLM.from_pretrained") -> dict[str, Path]:
-    """Every tensor's name and the file that holds it."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        path = directory / "model.safetensors"
-        if not path.exists():
-            raise UserError(_no_weights(directory, opened_by))
-        with _open(path) as file:
-            return dict.fromkeys(file.keys(), path)
-    try:
-        listing = {str(tensor): str(name) for tensor, name in read_json(index)["weight_map"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: expected an object with `weight_map`: tensor names to file names") from None
-    if any(Path(name).name != name for name in listing.values()):
-        raise UserError(f"{index}: weight_map must name files in the same directory")
-    stored = {}
-    for name in sorted(set(listing.values())):
-        with _open(directory / name) as file:
-            stored |= dict.fromkeys(file.keys(), directory / name)
-    if missing := [tensor for tensor in listing if stored.get(tensor) != directory / listing[tensor]]:
-        raise UserError(f"{index}: weight_map places {missing[0]} in {listing[missing[0]]}, which does not hold it")
-    strays = [p.name for p in sorted(directory.glob("model-*-of-*.safetensors")) if p.name not in listing.values()]
-    if strays:
-        raise UserError(f"{index}: weight_map does not name {listed(strays)}, which lies beside it")
-    return stored
-
-
-def _no_weights(directory: Path, opened_by: str) -> str:
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
-    found = f", only {listed(pickles)}, which can run code when read, and so is not" if pickles else ""
-    return (
-        f"{directory}: no model.safetensors{found}; where PyTorch is installed, "
-        f"{opened_by}(DIR).save_pretrained(NEW) writes one"
-    )
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        file = safe_open(path, "np")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-    with file:
-        yield file
-
-
-def _tensor(path: Path, name: str) -> np.ndarray:
-    # Opened for each tensor: what is read of an open file stays mapped, and so counts as this process's memory.
-    with _open(path) as file:
-        try:
-            return file.get_tensor(name)
-        except (SafetensorError, OSError, TypeError) as error:
-            raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
-
-
-def _write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # safetensors makes files that only their owner reads
-    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, partial, dict(metadata))
-    partial.chmod(mode)
-    partial.replace(path)
 
 
 def _name(arch: model.Architecture, leaf: str, prefix: str) -> str:
@@ -344,6 +300,13 @@ def _matrix(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
 
 
+def _their_shape(arch: model.Architecture, leaf: str, shape: tuple[int, ...], fused: bool) -> tuple[int, ...]:
+    """The shape of their tensor of one layer's leaf."""
+    flat = _matrix(leaf, shape)
+    whole = (*flat[:-1], 3 * flat[-1]) if fused else flat
+    return whole[::-1] if _transposed(arch, leaf) else whole
+
+
 def _fused_axis(arch: model.Architecture) -> int:
     """Which axis of a fused tensor, [..., 3, H, K] or [..., H, 3, K], tells queries, keys and values apart."""
     return -3 if arch.family == "gpt2" else -2
@@ -362,9 +325,7 @@ def _layer(
     shape = shape[1:] if _stacked(leaf) else shape
     name, _, part = theirs.partition("#")
     name = name.format(i)
-    flat = _matrix(leaf, shape)
-    whole = (*flat[:-1], 3 * flat[-1]) if part else flat
-    wanted = whole[::-1] if _transposed(arch, leaf) else whole
+    wanted = _their_shape(arch, leaf, shape, bool(part))
     array = read(name)
     if array.shape != wanted:
         raise UserError(f"{stored[name]}: {name} is {list(array.shape)}; the config asks for {list(wanted)}")
@@ -376,23 +337,42 @@ def _layer(
     return array.reshape(shape)
 
 
-def _tensors(arch: model.Architecture, params: Params) -> dict[str, np.ndarray]:
-    """Their tensors of our parameters, the inverse of `_layer` for all of them."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    rows: dict[str, list[str]] = {}
+def _tensors(arch: model.Architecture, params: Params) -> dict[str, shards.Tensor]:
+    """Their tensors of our parameters, bottom to top: the inverse of `_layer` for all of them."""
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+    shapes, rows = _shapes(arch), dict[str, list[str]]()
     prefix = families.PREFIXES[arch.family][0]
-    for theirs, leaf in sorted((_name(arch, leaf, prefix), leaf) for leaf in _shapes(arch)):
+    for theirs, leaf in sorted((_name(arch, leaf, prefix), leaf) for leaf in shapes):
         rows.setdefault(theirs.split("#")[0], []).append(leaf)
+    layers = [(theirs, i) for i in range(arch.layers) for theirs in rows if "{}" in theirs]
+    others = [(theirs, 0) for theirs in rows if "{}" not in theirs]
+    lowest = [row for row in others if rows[row[0]][0].startswith("embed/")]
     tensors = {}
-    for theirs, leaves in rows.items():
-        arrays = [np.asarray(flat[leaf]) for leaf in leaves]
-        leaf = leaves[0]
-        for i in range(arch.layers if _stacked(leaf) else 1):
-            parts = [a[i] if _stacked(leaf) else a for a in arrays]
-            flat_shape = _matrix(leaf, parts[0].shape)
-            if len(parts) > 1:
-                array = np.stack(parts, _fused_axis(arch)).reshape(*flat_shape[:-1], 3 * flat_shape[-1])
-            else:
-                array = parts[0].reshape(flat_shape)
-            tensors[theirs.format(i)] = array.T if _transposed(arch, leaf) else array
+    for theirs, i in (*lowest, *layers, *(row for row in others if row not in lowest)):
+        leaves = rows[theirs]
+        stacks = [flat[leaf] if isinstance(flat[leaf], tuple) else (flat[leaf],) for leaf in leaves]
+        shape = shapes[leaves[0]][1:] if _stacked(leaves[0]) else shapes[leaves[0]]
+        wanted = _their_shape(arch, leaves[0], shape, len(leaves) > 1)
+        make = partial(_theirs, arch, leaves[0], stacks, i)
+        tensors[theirs.format(i)] = shards.Tensor(wanted, np.dtype(stacks[0][0].dtype), make)
     return tensors
+
+
+def _theirs(arch: model.Architecture, leaf: str, stacks: list[tuple[Any, ...]], i: int) -> np.ndarray:
+    """Their tensor of one layer's leaf, or of the three that are fused in it."""
+    parts = [np.asarray(_at(pieces, i) if _stacked(leaf) else pieces[0]) for pieces in stacks]
+    flat = _matrix(leaf, parts[0].shape)
+    if len(parts) > 1:
+        array = np.stack(parts, _fused_axis(arch)).reshape(*flat[:-1], 3 * flat[-1])
+    else:
+        array = parts[0].reshape(flat)
+    return array.T if _transposed(arch, leaf) else array
+
+
+def _at(pieces: tuple[Any, ...], i: int) -> Any:
+    """Layer `i` of a leaf whose layers lie in several arrays, one after the other."""
+    for piece in pieces:
+        if i < len(piece):
+            return piece[i]
+        i -= len(piece)
+    raise IndexError(i)

@@ -82,6 +82,18 @@ def _fault(handler, fault, request):
     if fault == "hang up":
         handler.close_connection = True
         return True
+    if fault in ("drip headers", "drip body"):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        if fault == "drip body":
+            handler.wfile.write(b"no\r\nContent-Length: 5000\r\n\r\n")
+        for _ in range(200):
+            time.sleep(0.05)
+            try:
+                handler.wfile.write(b" ")
+            except OSError:
+                break
+        handler.close_connection = True
+        return True
     if isinstance(fault, float):
         time.sleep(fault)
         return True

@@ -182,6 +182,7 @@ def write_samples(path):
                     "responses": [f" {text} {j}" for j in range(4)],
                     "scores": [0.11 + j for j in range(4)],
                     "gold": [3.0 - j for j in range(4)],
+                    "finished": [j != 1 for j in range(4)],
                 }
                 for i in range(5)
             ]
@@ -222,3 +223,12 @@ def outputs_results(names, splits):
         "comparisons": [],
     }
     return results | {"differences": differences(results)}
+
+
+def estimates(tree):
+    """Every estimate in a tree of results."""
+    if isinstance(tree, dict) and "mean" in tree:
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from estimates(value)

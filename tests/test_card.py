@@ -2,6 +2,7 @@ from dataclasses import replace
 
 from jaxrlhf import card
 from jaxrlhf.config import Experiment, Files
+from jaxrlhf.config_data import Datasets
 
 EVIL = "a|b\n# <script>alert(1)</script> [x](http://y) `c` *d* --- ![e](f)"
 E = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 7}
@@ -45,3 +46,15 @@ def test_a_base_that_is_no_hub_id_is_not_claimed():
 
 def test_nothing_measured_is_said():
     assert "Nothing yet" in card.card(replace(TOLD, results={}))
+
+
+def test_datasets_are_named_and_where_they_were_is_not():
+    data = Datasets(sft="tldr", preferences="hh", far=("alpaca_eval",), split="length", subset=0.5, data_dir="/home/me")
+    text = card.card(replace(TOLD, config=Experiment(task="datasets", datasets=data)))
+    assert "| datasets | tldr, hh, alpaca_eval |" in text
+    assert "split length, 0.5 of its training records" in text
+    assert "| prompt format | tldr |" in text
+    assert "/home/me" not in text
+    assert "<b>" not in card.card(
+        replace(TOLD, config=Experiment(task="datasets", datasets=replace(data, prompt="<b>{post}")))
+    )

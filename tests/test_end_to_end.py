@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from jaxrlhf import config, model, ppo, scoring, weights
 from jaxrlhf.data import task, tokens, world
+from jaxrlhf.evaluation import results
 from jaxrlhf.experiment import Run, base_params
+from jaxrlhf.files import UserError
 from jaxrlhf.main import main
 from jaxrlhf.sampling import Generation, sample
 
@@ -90,25 +93,25 @@ def test_the_report_is_written(workdir):
     assert list((workdir / "report" / "figures").glob("*.png"))
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(workdir, tmp_path, monkeypatch, request, capsys):
-    """Ctrl-C within PPO, then the same command: every stable file equals the uninterrupted run's, byte for byte."""
+def test_a_damaged_checkpoint_of_a_finished_stage_is_never_taken_and_made_again(workdir, monkeypatch, request, capsys):
     monkeypatch.chdir(request.config.rootpath)
-    argv = ["jaxrlhf", "run", RECIPE, f"--workdir={tmp_path}"]
-    update, calls = ppo.update, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return update(*args)
-
-    monkeypatch.setattr(ppo, "update", interrupted)
-    assert main(argv) == 1
-    assert "goes on" in capsys.readouterr().err
-    monkeypatch.setattr(ppo, "update", update)
-    assert main(argv) == 0
-    assert "resumed at step 2 of 4" in capsys.readouterr().err
-    assert stable_files(tmp_path) == stable_files(workdir)
+    before = stable_files(workdir)
+    path = workdir / "ppo" / "checkpoints" / "4" / "params" / "manifest.ocdbt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    export = ["jaxrlhf", "export", f"--workdir={workdir}", "--policy=ppo", f"--to={workdir / 'exported'}"]
+    assert main(export) == 1
+    assert (
+        "manifest.ocdbt is not as it was saved); `jaxrlhf ppo` with this config and workdir makes it again"
+        in capsys.readouterr().err
+    )
+    assert main(["jaxrlhf", "ppo", RECIPE, f"--workdir={workdir}"]) == 0
+    error = capsys.readouterr().err
+    assert "removed, to go on from the checkpoint before it" in error
+    assert "resumed at step 2 of 4" in error
+    assert stable_files(workdir) == before
+    assert main(export) == 0
+    shutil.rmtree(workdir / "exported")
 
 
 def test_a_second_run_skips_everything(workdir, monkeypatch, request, capsys):
@@ -200,6 +203,30 @@ def test_an_exported_reward_model_scores_as_the_run_did(workdir, exported):
     found = scoring.score_texts(scoring.load(exported / "reward"), prompts, responses)
     assert len(found) > 5
     assert max(abs(a - b) for a, b in zip(found, scores, strict=True)) < 1e-4
+
+
+def test_a_workdir_as_a_judge_scores_as_its_run_did(workdir, tmp_path):
+    """Responses that did not end by themselves, too."""
+    for part in ("samples", "config.json"):
+        (shutil.copytree if part == "samples" else shutil.copyfile)(workdir / part, tmp_path / part)
+    c = config.read(workdir / "config.json")
+    by = {"own": "reward", "proxy": f"reward:{workdir}"}
+    found = {
+        name: results.evaluate_samples(tmp_path, replace(c, evaluation=replace(c.evaluation, judge=judge)))
+        for name, judge in by.items()
+    }
+    assert not all(all(r["finished"]) for r in rows_of(workdir))
+    apart = []
+    for policy in POLICIES:
+        for split in SPLITS:
+            own, proxy = (found[name]["policies"][policy][split] for name in by)
+            apart.append(abs(proxy["proxy_score"]["mean"] - own["score"]["mean"]))
+    # A policy that is hardly trained may draw the padding token, which no text spells.
+    assert sum(a > 1e-4 for a in apart) <= 1
+    assert max(apart) < 0.01
+    (tmp_path / "reward").mkdir()
+    with pytest.raises(UserError, match="stage 'reward' is not finished"):
+        scoring.of_directory(tmp_path)
 
 
 def test_an_export_overwrites_nothing_of_others(workdir, tmp_path, capsys):

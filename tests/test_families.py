@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrlhf import families, model
+from jaxrlhf import experiment, families, model
+from jaxrlhf.config import Experiment, Model
 from jaxrlhf.families import architecture
 from jaxrlhf.files import UserError
 
@@ -112,6 +113,15 @@ def test_configs_that_transformers_wrote_are_written_back(name):
     assert {k: v for k, v in written.items() if config[k] != v and k not in bookkeeping} == {}
 
 
+@pytest.mark.parametrize("family", model.FAMILIES)
+def test_what_a_family_is_from_scratch_its_own_config_can_say(family):
+    sizes = Model(family=family, layers=3, width=32, heads=4, ff_width=40, prompt_length=11, response_length=6)
+    arch = experiment.architecture(Experiment(model=sizes), 301)
+    assert architecture(families.config_of(arch)) == arch
+    if family == "gemma2":
+        assert (arch.windows, arch.query_scalar) == ((4096, 0, 4096), 8)
+
+
 def test_an_architecture_that_its_family_cannot_say_is_refused():
     arch = architecture({"model_type": "llama"})
     for options in ({"parallel": True}, {"windows": (4,) * 32}, {"o_bias": True}, {"qk_norm": True}):
@@ -129,6 +139,8 @@ def test_an_architecture_that_its_family_cannot_say_is_refused():
         ({"model_type": "opt", "activation_function": "quick_gelu"}, "activation_function"),
         ({"model_type": "opt", "num_attention_heads": 7}, "num_attention_heads"),
         ({"model_type": "opt", "num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"model_type": "gemma2", "num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at most 1000"),
+        ({"model_type": "gpt2", "n_layer": 10**9}, "n_layer"),
         ({"model_type": "llama", "hidden_act": "quick_gelu"}, "hidden_act"),
         ({"model_type": "llama", "clip_qkv": 8.0}, "clip_qkv"),
         ({"model_type": "llama", "sliding_window": 512}, "sliding_window"),

@@ -69,6 +69,19 @@ def test_a_fault_is_tried_again(tmp_path, fault):
     assert usage.sent == len(seen) == 6
 
 
+@pytest.mark.parametrize("fault", ["drip headers", "drip body"])
+def test_a_server_that_drips_is_left_after_the_deadline(tmp_path, fault):
+    """A byte now and then is a sign of life, so no time-out between bytes would ever end it."""
+    start = time.monotonic()
+    with serving(faults=[None, fault]) as (url, seen):
+        found, usage = run(tmp_path, url, timeout=5.0, deadline=0.5)
+        assert winners(found) == [1, 0, 1, 0]
+        assert usage.sent == len(seen) == 5
+        with serving(faults=[fault] * 3) as (url, _), pytest.raises(Failure, match=r"no whole answer within 0\.2 s"):
+            run(tmp_path, url, attempts=3, timeout=5.0, deadline=0.2)
+    assert time.monotonic() - start < 10
+
+
 def test_retry_after_holds_for_every_thread(tmp_path):
     at = []
 

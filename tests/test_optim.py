@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf import optim
-from jaxrlhf.config import Optim
+from jaxrlhf import optim, sharding
+from jaxrlhf.config import Mesh, Optim
 from jaxrlhf.files import UserError
 
 
@@ -71,3 +71,36 @@ def test_the_moments_are_f32():
     moments = [x for x in jax.tree.leaves(state) if x.ndim]
     assert len(moments) == 2
     assert all(x.dtype == jnp.float32 for x in moments)
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(jnp.nan, 0.5), (jnp.inf, 0.5), (1.5, jnp.nan), (-1.5, -jnp.inf)])
+def test_an_update_that_is_not_finite_changes_nothing_but_the_counts(loss, gradient):
+    tx = optim.optimizer(Optim(lr=0.1, weight_decay=0.5), 10)
+    params = {"w_D": jnp.float32([0.25, -3.5]), "b": jnp.float32(1.75)}
+    state = optim.new_state(tx, params, sharding.make_mesh(Mesh()))
+    good = {"w_D": jnp.float32([-2.5, 0.5]), "b": jnp.float32(0.1)}
+    bad = good | {"b": jnp.float32(gradient)}
+    update = jax.jit(optim.update, static_argnums=0)
+    once, _ = update(tx, jnp.float32(1.5), good, state)
+    left, metrics = update(tx, jnp.float32(loss), bad, once)
+    kept = [jax.tree.leaves((s.params, s.opt_state)) for s in (once, left)]
+    assert all(map(np.array_equal, *kept))
+    assert not np.array_equal(once.params["w_D"], params["w_D"])
+    assert [int(left.skipped), int(left.in_a_row), int(left.step)] == [1, 1, 0]
+    assert np.isfinite(metrics["grad_norm"]) == np.isfinite(gradient)
+    # As if it had not been there.
+    after, direct = (update(tx, jnp.float32(0.5), good, s)[0] for s in (left, once))
+    assert all(map(np.array_equal, *(jax.tree.leaves((s.params, s.opt_state)) for s in (after, direct))))
+    assert [int(after.skipped), int(after.in_a_row)] == [1, 0]
+
+
+def test_after_three_in_a_row_nothing_changes_any_more():
+    tx = optim.optimizer(Optim(), 10)
+    state = optim.new_state(tx, {"w_D": jnp.float32([0.25, -3.5])}, sharding.make_mesh(Mesh()))
+    grads, counts = {"w_D": jnp.float32([-2.5, 0.5])}, []
+    start = state.params
+    for loss in (jnp.nan, jnp.nan, jnp.nan, 0.5):
+        state, _ = optim.update(tx, jnp.float32(loss), grads, state)
+        counts.append((int(state.skipped), int(state.in_a_row)))
+    assert counts == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert np.array_equal(state.params["w_D"], start["w_D"])

@@ -52,7 +52,11 @@ def test_files_of_one_name_are_samples_in_the_order_of_the_first(tmp_path):
     found, lines = answers([first, second])
     # The second "v" of the first file has no counterpart; neither have "u" and "z".
     assert found.responses == {("v", 0): ["v1", "v2"], ("w", 0): ["w1", "w2"]}
-    assert lines == ["m: 3 prompts are not in all of its 2 files and are left out"]
+    assert lines == [
+        f"{first}: 1 of 4 records repeat an earlier one's prompt and count as prompts of their own; several samples of "
+        "a prompt go into one record, as a list",
+        "m: 3 prompts are not in all of its 2 files and are left out",
+    ]
 
 
 def test_a_repeated_prompt_is_an_item_of_its_own(tmp_path):
@@ -152,3 +156,12 @@ def test_published_win_rates():
         assert 100 * e["mean"] == pytest.approx(wanted["win_rate"], abs=1e-6)
         assert 100 * e["se"] == pytest.approx(wanted["standard_error"], abs=1e-6)
         assert e["n"] == wanted["n_total"]
+
+
+def test_empty_answers_are_measured_and_told_of(tmp_path):
+    path = write(
+        tmp_path / "a.json", [{"instruction": "u", "output": ["", "b"]}, {"instruction": "v", "output": " \n"}]
+    )
+    found, lines = answers([path])
+    assert found.responses[("v", 0)] == [" \n"]
+    assert lines[0] == f"{path}: 2 of 3 answers are empty; they are measured as they are"

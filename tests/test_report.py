@@ -1,6 +1,7 @@
 """The report: what it shows of a workdir, what it says, and that nothing in a workdir can harm its reader."""
 
 import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from report_workdirs import (
     SPLITS,
     around,
     differences,
+    estimates,
     outputs_results,
     outputs_workdir,
     recipe_config,
@@ -17,7 +19,8 @@ from report_workdirs import (
     recipe_workdir,
 )
 
-from jaxrlhf.evaluation import findings, report, results
+from jaxrlhf.evaluation import explorer, findings, report, results
+from jaxrlhf.evaluation.page import FOLDER, PLAIN_PROMPTS
 from jaxrlhf.files import UserError, write_json
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"&amp;{{7*7}}$x_"
@@ -29,15 +32,23 @@ class Page(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.attributes, self.text = set(), [], ""
+        self.tags, self.attributes, self.text, self.scripts = set(), [], "", []
+        self._in_script = False
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
+        self._in_script = tag == "script"
+
+    def handle_endtag(self, tag):
+        self._in_script &= tag != "script"
 
     def handle_data(self, data):
-        self.text += data
+        if self._in_script:
+            self.scripts.append(data)
+        else:
+            self.text += data
 
 
 def written(workdir):
@@ -54,7 +65,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without pictures, for tests of their words."""
-    monkeypatch.setattr(report, "_pictures", lambda found, accuracy: {})
+    monkeypatch.setattr(report.pictures, "draw", lambda found, accuracy: {})
     monkeypatch.setattr(report.figures, "curves", lambda stage, rows: iter(()))
 
 
@@ -63,11 +74,21 @@ def test_the_page_needs_nothing_but_itself(recipe):
     links = [v for k, v in page.attributes if k in ("src", "href", "srcset")]
     assert all(v.startswith(("data:image/png;base64,", "#")) for v in links)
     assert {v[1:] for v in links if v.startswith("#")} <= {v for k, v in page.attributes if k == "id"}
-    assert not page.tags & {"script", "link", "iframe", "object", "form", "base"}
+    assert not page.tags & {"link", "iframe", "object", "form", "base"}
     assert "url(" not in recipe[1]
     assert "@import" not in recipe[1]
     policy = next(v for k, v in page.attributes if k == "content" and "default-src" in v)
-    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    data, script = page.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"default-src 'none'; img-src data:; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+    assert policy == allowed + "base-uri 'none'; form-action 'none'"
+    assert len(json.loads(data)["splits"]) == len(SPLITS)
+
+
+def test_the_script_writes_no_markup_and_runs_no_text():
+    script = (FOLDER / "report.js").read_text()
+    for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval", "Function(", "fetch", "</"):
+        assert word not in script
 
 
 def test_every_figure_is_in_the_page_and_in_its_folder(recipe):
@@ -82,14 +103,6 @@ def test_every_figure_is_in_the_page_and_in_its_folder(recipe):
     assert all(png.startswith(b"\x89PNG") and b"Software" not in png and b"tIME" not in png for png in files.values())
 
 
-def estimates(tree):
-    if isinstance(tree, dict) and "mean" in tree:
-        yield tree
-    elif isinstance(tree, dict | list):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from estimates(value)
-
-
 def test_every_number_of_the_results_is_shown(recipe):
     workdir, page = recipe
     cells = [re.sub("<.*?>", "", c) for c in re.findall(r"<td.*?</td>", page)]
@@ -97,7 +110,8 @@ def test_every_number_of_the_results_is_shown(recipe):
     assert len(held) == 15 * (4 + 6) + 3 * 4 * 3 + 3 * 5 + 3 * (5 * (4 + 6) + 4 * 3)
     for e in held:
         assert f"{e['mean']:.6g}" in cells
-        assert f"{e['low']:.6g} to {e['high']:.6g}" in cells
+        assert f"{e['low']:.6g}" in cells
+        assert f"{e['high']:.6g}" in cells
         assert str(e["n"]) in cells
         assert "se" not in e or f"{e['se']:.6g}" in cells
     assert "100" in cells
@@ -131,9 +145,9 @@ def test_tokens_that_differ_where_texts_join_are_told(recipe):
 def test_samples_are_the_first_of_each_split(recipe):
     text = Page(recipe[1]).text
     for split in SPLITS:
-        assert all(f"help with my neighbor {split} {i}" in text for i in range(report.SHOWN_PROMPTS))
-        assert f"help with my neighbor {split} {report.SHOWN_PROMPTS}" not in text
-    assert text.count("cleaned something . 1") == len(SPLITS) * report.SHOWN_PROMPTS
+        assert all(f"help with my neighbor {split} {i}" in text for i in range(PLAIN_PROMPTS))
+        assert f"help with my neighbor {split} {PLAIN_PROMPTS}" not in text
+    assert text.count("cleaned something . 1") == len(SPLITS) * PLAIN_PROMPTS
     assert "cleaned something . 2" not in text
 
 
@@ -214,6 +228,7 @@ def hostile(tmp_path_factory):
     path = tmp_path_factory.mktemp("hostile")
     results = outputs_results(names=(EVIL, HIDDEN, "../../etc", "sft", "長い" * 40), splits=("all", EVIL, HIDDEN))
     results["task"] = results["config"]["name"] = results["judge"] = EVIL
+    del results["config"]["outputs"]
     for m in results["policies"]["sft"].values():
         m["diversity"]["across_input"][EVIL] = around(0.5, 0.1)
     row = {"id": EVIL, "prompt": EVIL, "reference": HIDDEN, "responses": [EVIL, f"{'long ' * 8000}{EVIL}"]}
@@ -226,14 +241,15 @@ def hostile(tmp_path_factory):
 
 
 def test_what_others_wrote_is_only_text(hostile):
-    _, page = hostile
-    parsed = Page(page)
-    assert not parsed.tags & {"script", "form", "iframe"}
+    parsed = Page(hostile[1])
+    assert not parsed.tags & {"form", "iframe"}
+    assert len(parsed.scripts) == 2
+    assert parsed.scripts[1] == (FOLDER / "report.js").read_text()
     assert not [k for k, _ in parsed.attributes if k.startswith("on")]
     assert all(v.startswith(("data:image/png;base64,", "#")) for k, v in parsed.attributes if k in ("src", "href"))
-    assert "<script" not in page
+    assert not set("<>&") & set(parsed.scripts[0])
     assert parsed.text.count(EVIL) > 10
-    assert "49" not in re.findall(r"&amp;amp;(\w+)", page)
+    assert "49" not in re.findall(r"&amp;amp;(\w+)", hostile[1])
 
 
 def test_characters_that_hide_are_shown(hostile):
@@ -245,15 +261,14 @@ def test_characters_that_hide_are_shown(hostile):
 def test_long_texts_are_folded_and_cut(hostile):
     _, page = hostile
     text = Page(page).text
-    assert f"({len('long ' * 8000 + EVIL):,} characters)".replace(",", "") in text
-    assert text.count("long ") < report.SHOWN_LETTERS / 5 + 100
-    assert "characters are in the file" in text
+    assert text.count("long ") < explorer.LETTERS / 5 + 100
+    assert f"… the other {len('long ' * 8000 + EVIL) - explorer.LETTERS:,} characters are in the file." in text
 
 
 def test_names_from_files_name_no_file(hostile):
     workdir, _ = hostile
     inside = {p.name for p in (workdir / "report").rglob("*")}
-    assert all(re.fullmatch(r"figures|index\.html|[a-z0-9_]+\.png", name) for name in inside)
+    assert all(re.fullmatch(r"figures|index\.html|table\.(csv|tex)|[a-z0-9_]+\.png", name) for name in inside)
 
 
 def test_the_same_numbers_give_the_same_bytes(hostile):
@@ -315,6 +330,13 @@ def test_a_reward_model_as_judge_is_warned_of(tmp_path, undrawn):
 def test_without_results_the_user_is_told_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"results\.json.*jaxrlhf evaluate"):
         report.write_report(tmp_path)
+
+
+def test_results_without_splits_are_refused(tmp_path):
+    write_json(tmp_path / "results.json", {"policies": {"sft": {}, "ppo": {}}})
+    with pytest.raises(UserError, match=r"results\.json: its policies have no splits"):
+        report.write_report(tmp_path)
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from jaxrlhf.config import Evaluation, Experiment
 from jaxrlhf.evaluation import results
 from jaxrlhf.evaluation.generalisation import comparisons, outcomes
+from jaxrlhf.evaluation.length_bias import length_controlled
 from jaxrlhf.evaluation.measures import Measured, differences, gap, gap_differences
 from jaxrlhf.files import UserError
 
@@ -100,8 +101,11 @@ def test_outcomes_by_hand():
 
 def test_comparisons_by_hand():
     judged = {"a": {"id": np.array([[1.0], [2.0]])}, "b": {"id": np.array([[2.0], [2.0]])}}
-    (found,) = comparisons(judged, 100)
+    characters = {"a": {"id": np.array([10.0, 2.5])}, "b": {"id": np.array([7.0, 9.5])}}
+    (found,) = comparisons(judged, characters, 100)
     assert (found["a"], found["b"], found["win_rate"]["mean"]) == ("b", "a", 0.75)
+    assert found["length_controlled"] == length_controlled(np.array([1.0, 0.5]), np.array([-3.0, 7.0]), 100)
+    assert "win_rate_by_length" not in found  # two prompts have no thirds
 
 
 def golds(**values):
@@ -120,7 +124,8 @@ def test_differences_are_paired_by_prompt_whatever_the_order():
     a, b = golds(p=1.0, q=300.0, r=-200.0, only_a=7.0), golds(r=-201.5, q=299.0, p=0.25, only_b=9.0)
     e = differences(a, b, 500)["gold"]
     assert (e["mean"], e["n"]) == (pytest.approx((0.75 + 1.0 + 1.5) / 3), 3)
-    assert 0.75 <= e["low"] <= e["high"] <= 1.5
+    assert -1 < e["low"] < 0.75
+    assert 1.5 < e["high"] < 3
     reverse = differences(b, a, 500)["gold"]
     assert (reverse["mean"], reverse["n"]) == (pytest.approx(-e["mean"]), 3)
 
@@ -207,7 +212,12 @@ def test_a_recipes_samples_by_hand(tmp_path):
         (s, "ppo", "sft") for s in ("id", "ood_a", "ood_b")
     ]
     d = found["differences"][1]
-    assert d["gold"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    assert {k: d["gold"][k] for k in ("mean", "low", "high", "n")} == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    # Two prompts that agree are a sign test with p = 2 / 4, and the same on 2 and on 3 prompts of the other splits.
+    assert [e["gold"]["p"] for e in found["differences"]] == [0.25, 0.5, 0.25]
+    assert [e["gold"]["p_holm"] for e in found["differences"]] == [0.75, 0.75, 0.75]
+    assert {c["win_rate"]["family"] for c in found["comparisons"]} == {3}
+    assert {e["family"] for p in found["generalisation_gap"].values() for s in p.values() for e in s.values()} == {4}
     assert d["diversity"]["across_input"]["ead"]["mean"] == d["gap"]["gold"]["mean"] == 0.0
     assert json.loads((tmp_path / "results.json").read_text()) == found
 
@@ -216,6 +226,18 @@ def test_the_reward_model_as_judge(tmp_path):
     a_workdir(tmp_path)
     e = evaluate(tmp_path, "reward")["policies"]["ppo"]["id"]["win_rate"]
     assert (e["mean"], e["n"]) == ((0 + 0.5) / 2, 2)
+
+
+def test_equal_answers_draw_whatever_the_last_digit_of_their_scores(tmp_path):
+    said = record(1, [0.5, 0.5], [0.3 + 1e-7, -1.0], reference_score=0.3) | {"reference": "1 a b c"}
+    cut = said | {"finished": [False, True]}  # cut off, it is another answer than the reference
+    samples(tmp_path, "sft", "id", [said])
+    samples(tmp_path, "ppo", "id", [said | {"scores": [0.3 - 1e-7, -1.0]}])
+    found = evaluate(tmp_path, "reward")
+    assert [found["policies"][p]["id"]["win_rate"]["mean"] for p in ("sft", "ppo")] == [0.25, 0.25]
+    assert found["comparisons"][0]["win_rate"]["mean"] == 0.5
+    samples(tmp_path, "sft", "id", [cut])
+    assert evaluate(tmp_path, "reward")["policies"]["sft"]["id"]["win_rate"]["mean"] == 0.5
 
 
 def test_a_number_that_was_not_measured_is_absent(tmp_path):

@@ -201,7 +201,7 @@ def test_models_add_their_metrics_to_the_results(tmp_path):
 
 def test_numbers_do_not_hang_on_order_or_batches(tmp_path, monkeypatch):
     here = evaluate(tmp_path, [write(tmp_path, "m", OUTPUTS)], **MODELS)["policies"]["m"]["k"]["diversity"]
-    monkeypatch.setattr(semantic, "CHUNK", 2)
+    monkeypatch.setattr(encoders, "CHUNK", 2)
     turned = [(texts[::-1], d) for texts, d in OUTPUTS]
     there = evaluate(tmp_path, [write(tmp_path, "m", turned)], **MODELS)["policies"]["m"]["k"]["diversity"]
     for scope in here:

@@ -3,7 +3,15 @@ import math
 import numpy as np
 import pytest
 
-from jaxrlhf.evaluation.statistics import difference_estimate, jackknife, mean_estimate, wilson, win_rate
+from jaxrlhf.evaluation.statistics import (
+    jackknife,
+    mean_estimate,
+    mean_estimates,
+    narrowed,
+    over_seeds,
+    wilson,
+    win_rate,
+)
 
 UNIT = (0.0, 1.0)
 
@@ -41,26 +49,15 @@ def test_the_mean_lies_within_its_interval_in_spite_of_rounding():
             assert e["low"] <= e["mean"] <= e["high"]
 
 
-def test_win_rate_intervals_wilson_without_draws_else_bootstrap():
+def test_win_rate_intervals_are_wilson_s_draws_count_as_more_items():
     e = win_rate(np.repeat([1.0, 0.0], [8, 2]))
     assert {k: e[k] for k in ("mean", "low", "high", "n")} == wilson(8, 10)
-    drawn = np.repeat([1.0, 0.5, 0.0], [6, 4, 2])
-    assert {k: v for k, v in win_rate(drawn).items() if k != "se"} == mean_estimate(drawn)
-
-
-def test_wilson_covers_at_100():
-    # Exactly, by the binomial distribution; it jumps about 95 % with p, as the number of wins is whole.
-    intervals = [wilson(w, 100) for w in range(101)]
-    coverage = [
-        sum(
-            math.comb(100, w) * p**w * (1 - p) ** (100 - w)
-            for w, e in enumerate(intervals)
-            if e["low"] <= p <= e["high"]
-        )
-        for p in np.linspace(0.05, 0.95, 91)
-    ]
-    assert 0.945 <= np.mean(coverage) <= 0.96
-    assert min(coverage) > 0.91
+    # p = 2/3 and variance (6 + 4/4) / 12 - 4/9 = 5/36, where wins and losses would have 8/36: 1.6 as many items.
+    e = win_rate(np.repeat([1.0, 0.5, 0.0], [6, 4, 2]))
+    z2, p, n = 1.959964**2, 2 / 3, 12 * 8 / 5
+    centre, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
+    assert (e["low"], e["high"]) == pytest.approx(((centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)))
+    assert e["n"] == 12
 
 
 def test_the_same_items_give_the_same_interval():
@@ -68,23 +65,36 @@ def test_the_same_items_give_the_same_interval():
     assert mean_estimate(values) == mean_estimate(values.copy())
 
 
-@pytest.mark.parametrize("n", [100, 500])
-def test_bootstrap_intervals_cover_95_of_100_times(n):
-    rng = np.random.default_rng(n)
-    hits = 0
-    for _ in range(600):
-        e = mean_estimate(rng.exponential(size=n) - 0.5, resamples=400)
-        hits += e["low"] <= 0.5 <= e["high"]
-    assert 0.925 <= hits / 600 <= 0.97
+def test_sets_of_one_size_are_resampled_together_to_the_same_end():
+    rng = np.random.default_rng(3)
+    sets = [rng.exponential(size=n) - 0.3 for n in (7, 12, 7)]
+    limits = [(-0.1, 0.9), (-np.inf, np.inf), (0.0, np.inf)]
+    together = mean_estimates(sets, limits, 300)
+    for e, values, limit in zip(together, sets, limits, strict=True):
+        assert e == pytest.approx(mean_estimate(values, 300, limits=limit))
+        assert limit[0] <= e["low"] <= e["mean"] <= e["high"] <= limit[1] or not limit[0] <= e["mean"] <= limit[1]
 
 
-def test_difference_of_independent_sets_covers():
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(500):
-        e = difference_estimate(rng.normal(0.3, 1, 80), rng.normal(-0.2, 2, 120), resamples=400)
-        hits += e["low"] <= 0.5 <= e["high"]
-    assert 0.92 <= hits / 500 <= 0.98
+def test_a_bootstrap_t_interval_by_hand():
+    """Half of the resamples of two items hold one of them twice: 1 away, at the least error of 1/4."""
+    e = mean_estimate(np.array([0.5, 2.5]))
+    assert (e["mean"], e["low"], e["high"], e["n"]) == (1.5, 1.5 - 4, 1.5 + 4, 2)
+
+
+def test_the_bootstrap_of_many_normal_items_is_student_s():
+    values = np.random.default_rng(2).normal(size=60)
+    e = mean_estimate(values, resamples=20_000)
+    assert (e["high"] - e["low"]) / 2 == pytest.approx(2.001 * values.std(ddof=1) / 60**0.5, rel=0.03)
+
+
+def test_intervals_over_seeds_by_hand():
+    e = over_seeds([0.25, 0.75, -0.5])  # variance 0.39583; Student's 4.30265 with 2 degrees of freedom
+    se = (0.3958333 / 3) ** 0.5
+    assert e == pytest.approx(
+        {"mean": 1 / 6, "low": 1 / 6 - 4.30265 * se, "high": 1 / 6 + 4.30265 * se, "n": 3, "se": se}
+    )
+    assert over_seeds([0.9, 0.8], (0.0, 1.0))["high"] == 1.0
+    assert over_seeds([0.7]) == {"mean": 0.7, "n": 1}
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
@@ -103,3 +113,12 @@ def test_jackknife_below_a_limit_is_symmetric_in_the_log_of_the_room_left():
     wide = jackknife(0.5, np.array([0.0, 1.0, 0.0, 1.0]), UNIT)
     assert 0 == wide["low"] < wide["high"] < 1
     assert jackknife(0.5, np.array([0.0, 3.0]), (0.0, np.inf))["low"] == 0
+
+
+def test_narrowed_values_have_the_variance_of_the_formula():
+    without = np.array([0.5, -1.0, 2.0, 0.25])
+    variance = 3 / 4 * ((without - without.mean()) ** 2).sum()
+    e, wide = jackknife(0.4, narrowed(without, 3 * variance)), jackknife(0.4, without)
+    assert e["high"] - e["low"] == pytest.approx((wide["high"] - wide["low"]) / 2)
+    assert narrowed(without, 0.0) == pytest.approx(without)
+    assert narrowed(np.full(3, 0.1), 0.7) == pytest.approx(np.full(3, 0.1))

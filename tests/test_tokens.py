@@ -2,13 +2,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxrlhf.data import batches, tokens, world
-from jaxrlhf.files import UserError
+from jaxrlhf.files import UserError, write_json
 
 POST = "SUBREDDIT: r/relationships\nTITLE: my sister sold the lamp\nPOST: my sister sold the lamp .\nTL;DR:"
 TEXTS = ["Write a story about a fox.\n\nOnce there was a fox <eos> and a story about it.", "naïve café, ünd so weiter"]
@@ -150,6 +151,30 @@ def imported(folder, bos=True, template=CHATML, **options):
     return tokens.pretrained(folder)
 
 
+def test_a_sentencepiece_model_has_the_ids_that_sentencepiece_gives(tmp_path, monkeypatch):
+    sentencepiece: Any = pytest.importorskip("sentencepiece")
+    (tmp_path / "texts").write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "texts"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,  # as LLaMA's and Gemma's
+    )  # fmt: skip
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    write_json(tmp_path / "tokenizer_config.json", names | {"tokenizer_class": "LlamaTokenizer"})
+    tokenizer = tokens.pretrained(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert (tokenizer.size, tokenizer.bos, tokenizer.eos_id, tokenizer.pad_id) == (330, (1,), 2, 2)
+    for text in ("Once there was a fox", "naïve café 日本", "a\nb", "ünd  so "):
+        assert tokenizer.encode(text) == theirs.encode(text)
+    (tmp_path / "copy").mkdir()
+    tokens.save_files(tokenizer, tmp_path / "copy")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tokenizer\.model: a SentencePiece tokenizer; pip install sentencepiece"):
+        tokens.pretrained(tmp_path)
+    assert (tmp_path / "copy" / "tokenizer.json").exists()  # so that a run does not need the package again
+
+
 @pytest.mark.parametrize("bos", [True, False])
 def test_imported_prompts_have_its_bos_and_responses_never(tmp_path, bos):
     tokenizer = imported(tmp_path, bos)
@@ -265,3 +290,11 @@ def test_a_tokenizer_that_begins_texts_with_a_space(tmp_path):
     pairs = [{"prompt": "a", "response": r} for r in (" b", "b")]  # "ab" is one word as a text
     found = batches.cut({"x": pairs}, tokenizer, 9, 9, fields=("response",))
     assert found["join_mismatch"] == {"x": 1}
+
+
+def test_half_a_character_is_a_replacement_character():
+    tokenizer = tokens.bpe_tokenizer(["what \ufffd is", "a text"], 300)
+    whole = "a \U0001f600 text"
+    assert tokenizer.decode(tokenizer.encode("a \ud83d text")) == "a \ufffd text"
+    assert tokenizer.decode(tokenizer.encode(whole)) == whole
+    assert tokenizer.encode_joined(["\ud83d"], [" is"]) == [tokenizer.encode("\ufffd is")]

@@ -11,7 +11,7 @@ import pytest
 from golden_makers import GOLDEN, maker
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf import model, policies, sharding, weights
+from jaxrlhf import hub, model, policies, sharding, weights
 from jaxrlhf.config import Mesh
 from jaxrlhf.files import UserError
 from jaxrlhf.sampling import Generation, sample
@@ -265,11 +265,11 @@ def test_a_reward_models_bias_goes_where_transformers_reads_it(tmp_path):
 
 
 def test_names_that_are_no_directory_are_asked_of_the_hub(tmp_path, monkeypatch):
-    assert weights.directory_of(str(HF / "opt"), "config.model.init") == HF / "opt"
+    assert hub.directory_of(str(HF / "opt"), "config.model.init") == HF / "opt"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"config.model.init='nobody/nothing': no such directory") as error:
-        weights.directory_of("nobody/nothing", "config.model.init")
+        hub.directory_of("nobody/nothing", "config.model.init")
     assert "\n" not in str(error.value)
 
 

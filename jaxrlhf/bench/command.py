@@ -11,12 +11,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from statistics import median
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from jaxrlhf.bench import peers
 from jaxrlhf.bench.work import Work
 from jaxrlhf.files import Failure, UserError
-from jaxrlhf.logs import say
 
 Run = dict[str, float]  # "seconds" and "cpu_seconds" of one step
 
@@ -30,41 +29,73 @@ class Side(NamedTuple):
 
 
 def measure(work: Work, repeats: int, with_peers: bool) -> dict[str, Any]:
-    """Medians over `repeats` of one step after a warm-up, ours and each installed peer's, which take turns.
+    """Medians over `repeats` of one step after a warm-up, ours and each peer's, which take turns.
 
     `times_as_fast` is the median over the turns of the peer's seconds over ours, with the lowest and the highest turn;
     `cpu_times_as_fast` the same of CPU seconds, which other processes disturb less. Bytes are the most that a side's
-    process has held. A peer that fails is left out, with a line to standard error.
+    process has held. `not_measured` says why of the peers that are not.
 
     Raises:
       UserError: our side finds the work's config wrong.
+      Failure: our side ended early.
     """
+    absent: dict[str, str] = {}
     with ExitStack() as stack:
-        sides = [_start("jaxrlhf", _ours(work), {}, stack)]
+        ours = start("jaxrlhf", [sys.executable, "-m", "jaxrlhf.bench.ours", str(work)], {}, stack)
+        own = _read(ours) or _fail(ours)
+        sides = [ours]
         for peer in peers.PEERS[work.step] if with_peers else ():
-            if missing := _missing(peers.needs(peer)):
-                say(f"{work.step}: {peer} is not measured, as {missing} is not installed")
-                continue
-            environment = peers.ALLOCATOR if peer != "generate" else {}
-            sides.append(_start(peer, _peer(peer, work), environment, stack))
-        runs: dict[str, list[Run]] = {side.name: [] for side in sides}
-        for turn in range(repeats + 1):
-            for side in [s for s in sides if s.name in runs]:
-                if (run := _turn(side, turn)) is None:
-                    _give_up(side)
-                    del runs[side.name]
-                elif turn:
-                    runs[side.name].append(run)
-        facts = {side.name: _facts(side) for side in sides if side.name in runs}
-    return _summary(work, runs, facts)
+            if own["device"] != "cpu":
+                absent[peer] = "peers run on CPUs alone"
+            elif missing := _missing(peers.needs(peer)):
+                absent[peer] = f"{missing} is not installed"
+            else:
+                command = [sys.executable, "-m", "jaxrlhf.bench.peers", peer, str(work)]
+                side = start(peer, command, peers.environment(peer), stack)
+                if _read(side) is None:
+                    absent[peer] = _last_words(side)
+                else:
+                    sides.append(side)
+        runs, peaks = take_turns(sides, repeats, absent)
+    return _summary(work, own, runs, peaks, absent)
 
 
-def _ours(work: Work) -> list[str]:
-    return [sys.executable, "-m", "jaxrlhf.bench.ours", str(work)]
+def start(name: str, command: list[str], environment: Mapping[str, str], stack: ExitStack) -> Side:
+    """A side's process, which `stack` ends."""
+    complaints = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))  # noqa: SIM115
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=complaints,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return Side(name, process, complaints)
 
 
-def _peer(peer: str, work: Work) -> list[str]:
-    return [sys.executable, "-m", "jaxrlhf.bench.peers", peer, str(work)]
+def take_turns(
+    sides: Sequence[Side], repeats: int, absent: dict[str, str]
+) -> tuple[dict[str, list[Run]], dict[str, float]]:
+    """Each side's runs after its warm-up, and its peak memory, by name; `absent` gets peers that ended early.
+
+    Raises:
+      UserError, Failure: the first side, which is ours, ended early.
+    """
+    runs: dict[str, list[Run]] = {side.name: [] for side in sides}
+    for turn in range(repeats + 1):
+        for side in [s for s in sides if s.name in runs]:
+            if (run := _read(side, "again\n" if turn else "")) is not None:
+                runs[side.name] += [run] if turn else []
+            elif side is sides[0]:
+                _fail(side)
+            else:
+                absent[side.name] = _last_words(side)
+                del runs[side.name]
+    peaks = {s.name: (_read(s, "\n") or {}).get("peak_memory", 0.0) for s in sides if s.name in runs}
+    return runs, peaks
 
 
 def _missing(modules: Sequence[str]) -> str:
@@ -72,87 +103,79 @@ def _missing(modules: Sequence[str]) -> str:
         try:
             if importlib.util.find_spec(module) is None:
                 return module
-        except ModuleNotFoundError:
+        except ImportError:
             return module
     return ""
 
 
-def _start(name: str, command: list[str], environment: Mapping[str, str], stack: ExitStack) -> Side:
-    complaints = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))  # noqa: SIM115
-    process = stack.enter_context(
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-            env={**os.environ, **environment},
-        )
-    )
-    stack.callback(process.kill)
-    return Side(name, process, complaints)
-
-
-def _turn(side: Side, turn: int) -> Run | None:
-    """One step; the first is the warm-up, which a side begins by itself. None where the side has ended."""
+def _read(side: Side, word: str = "") -> dict[str, Any] | None:
+    """A side's next line, after the word that it waits for; None where it has ended."""
     stdin, stdout = side.process.stdin, side.process.stdout
     assert stdin is not None
     assert stdout is not None
-    if turn:
-        stdin.write("again\n")
-        stdin.flush()
+    try:
+        if word:
+            stdin.write(word)
+            stdin.flush()
+    except BrokenPipeError:
+        return None
     line = stdout.readline()
     return json.loads(line) if line else None
 
 
-def _facts(side: Side) -> dict[str, Any]:
-    assert side.process.stdin is not None
-    assert side.process.stdout is not None
-    side.process.stdin.close()
-    return json.loads(side.process.stdout.readline())
-
-
-def _give_up(side: Side) -> None:
-    """What is known of a side that ended early: ours must not, a peer may."""
+def _last_words(side: Side) -> str:
     status = side.process.wait()
     side.complaints.seek(0)
-    last = ([line.strip() for line in side.complaints if line.strip()] or [f"exit status {status}"])[-1]
-    if side.name != "jaxrlhf":
-        say(f"{side.name} is not measured: {last}")
-    elif status == 2:
+    return ([line.strip() for line in side.complaints if line.strip()] or [f"exit status {status}"])[-1]
+
+
+def _fail(side: Side) -> NoReturn:
+    last = _last_words(side)
+    if side.process.returncode == 2:
         raise UserError(last.removeprefix("error: "))
-    else:
-        raise Failure(f"the measured process ended: {last}")
+    raise Failure(f"the measured process ended: {last}")
 
 
-def _summary(work: Work, runs: Mapping[str, list[Run]], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    ours, own = runs["jaxrlhf"], facts["jaxrlhf"]
-    seconds = median(r["seconds"] for r in ours)
-    # CPU seconds where CPUs compute, as the peak is: other processes disturb them less.
-    spent = median(r["cpu_seconds" if own["device"] == "cpu" else "seconds"] for r in ours)
+def _summary(
+    work: Work,
+    own: Mapping[str, Any],
+    runs: Mapping[str, list[Run]],
+    peaks: Mapping[str, float],
+    absent: Mapping[str, str],
+) -> dict[str, Any]:
+    ours = runs["jaxrlhf"]
     return {
         "bench": work.step,
         "experiment": work.experiment.name,
         "freeze_layers": work.experiment.model.freeze_layers,
         "device": own["device"],
         "repeats": len(ours),
-        "tokens_per_second": round(work.tokens / seconds, 1),
+        "tokens_per_second": round(work.tokens / median(r["seconds"] for r in ours), 1),
         **_spent(ours),
-        "peak_memory": own["peak_memory"],
-        "gflop": round(own["flops"] / 1e9, 2),
-        "least_gflop": round(own["least_flops"] / 1e9, 2),
-        "share_of_floor": round(own["least_flops"] / (spent * own["peak_flops_per_second"]), 3),
+        "peak_memory": peaks["jaxrlhf"],
+        **(_floor(own, ours) if "flops" in own else {}),
         "peers": {
             name: {
                 **_spent(theirs),
-                "peak_memory": facts[name]["peak_memory"],
+                "peak_memory": peaks[name],
                 "times_as_fast": _ratio(theirs, ours, "seconds"),
                 "cpu_times_as_fast": _ratio(theirs, ours, "cpu_seconds"),
-                "share_of_memory": round(own["peak_memory"] / facts[name]["peak_memory"], 3),
+                "share_of_memory": round(peaks["jaxrlhf"] / peaks[name], 3),
             }
             for name, theirs in runs.items()
             if name != "jaxrlhf"
         },
+        "not_measured": dict(absent),
+    }
+
+
+def _floor(own: Mapping[str, Any], ours: Sequence[Run]) -> dict[str, float]:
+    # CPU seconds where CPUs compute, as the peak is: other processes disturb them less.
+    spent = median(r["cpu_seconds" if own["device"] == "cpu" else "seconds"] for r in ours)
+    return {
+        "gflop": round(own["flops"] / 1e9, 2),
+        "least_gflop": round(own["least_flops"] / 1e9, 2),
+        "share_of_floor": round(own["least_flops"] / (spent * own["peak_flops_per_second"]), 3),
     }
 
 
@@ -165,38 +188,41 @@ def _ratio(theirs: Sequence[Run], ours: Sequence[Run], key: str) -> dict[str, fl
     return {"median": round(median(each), 2), "low": round(min(each), 2), "high": round(max(each), 2)}
 
 
+HEAD = ("step", "frozen", "CPU s", "tokens/s", "peak GB", "GFLOP", "least", "of the floor")
+PEER_HEAD = ("peer", "its CPU s", "times as fast", "its peak GB")
+
+
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """All that was measured, as Markdown: CPU seconds of a step, memory, and how many times as fast as each peer."""
-    head = [
-        "step",
-        "frozen",
-        "CPU s",
-        "tokens/s",
-        "peak GB",
-        "of the floor",
-        "peer",
-        "its CPU s",
-        "times as fast",
-        "GB",
-    ]
-    rows = [head, ["---"] * len(head)]
+    """All that was measured, as Markdown: CPU seconds of a step, arithmetic, memory, how many times as fast as a peer.
+
+    GFLOP are those of matrix products in our program, beside the least; "of the floor" is the time that the least would
+    take at the rate of a large matrix product over the time taken.
+    """
+    rows = [[*HEAD, *PEER_HEAD], ["---"] * len(HEAD + PEER_HEAD)]
     for line in found:
-        rows += _rows(line)
+        rows += [[*_own_cells(line), *theirs] for theirs in _peer_cells(line)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _rows(line: Mapping[str, Any]) -> Iterator[list[str]]:
-    own = [
+def _own_cells(line: Mapping[str, Any]) -> list[str]:
+    cells = [
         f"{line['bench']}, {line['experiment']}",
         f"{line['freeze_layers']:g}",
         f"{line['cpu_seconds']:.2f}",
         f"{line['tokens_per_second']:.0f}",
         f"{line['peak_memory'] / 1e9:.2f}",
-        f"{line['share_of_floor']:.0%}",
     ]
-    if not line["peers"]:
-        yield [*own, "", "", "", ""]
+    if "gflop" not in line:
+        return [*cells, "", "", ""]
+    return [*cells, f"{line['gflop']:.0f}", f"{line['least_gflop']:.0f}", f"{line['share_of_floor']:.0%}"]
+
+
+def _peer_cells(line: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, peer in line["peers"].items():
         ratio = peer["cpu_times_as_fast"]
         shown = f"**{ratio['median']:.1f}** ({ratio['low']:.1f} to {ratio['high']:.1f})"
-        yield [*own, name, f"{peer['cpu_seconds']:.2f}", shown, f"{peer['peak_memory'] / 1e9:.2f}"]
+        yield [name, f"{peer['cpu_seconds']:.2f}", shown, f"{peer['peak_memory'] / 1e9:.2f}"]
+    for name, why in line["not_measured"].items():
+        yield [name, why.replace("|", "/"), "", ""]
+    if not line["peers"] and not line["not_measured"]:
+        yield [""] * len(PEER_HEAD)

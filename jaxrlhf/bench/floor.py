@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
+from jax.extend import core
 
 from jaxrlhf import model
 from jaxrlhf.bench.work import Work
@@ -30,7 +30,7 @@ def _count(jaxpr: Any, turns: int) -> int:
             shape = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
         times = {"scan": equation.params.get("length"), "while": turns}.get(equation.primitive.name, 1)
-        total += times * sum(_count(inner, turns) for inner in jax.core.jaxprs_in_params(equation.params))
+        total += times * sum(_count(inner, turns) for inner in core.jaxprs_in_params(equation.params))
     return total
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxrlhf import experiment, model, optim, ppo, reward, sampling, sft, sharding
 from jaxrlhf.bench import floor
-from jaxrlhf.bench.work import Work, serve
+from jaxrlhf.bench.work import TEXTS, WORDS, Work, over, serve
 from jaxrlhf.data import task
+from jaxrlhf.evaluation.diversity import of_texts
 from jaxrlhf.files import UserError
 from jaxrlhf.logs import say
 from jaxrlhf.split import split
@@ -29,23 +30,21 @@ def main(argv: list[str]) -> int:
     """Serves one piece of work, as JSON in `argv`; exit status 2 and a line where it cannot be done."""
     try:
         work = Work.read(argv[1])
-        arch = architecture(work)
+        if work.step == "diversity":
+            serve({"device": "cpu"}, over(_diversity(work)))
+            return 0
+        arch, mesh = architecture(work), sharding.make_mesh(work.experiment.mesh)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    key = jax.random.key(0)
-    mesh = sharding.make_mesh(work.experiment.mesh)
-    frozen, top = split(jax.jit(model.init, static_argnums=0)(arch, key), work.experiment.model.freeze_layers)
+    frozen, top = split(
+        jax.jit(model.init, static_argnums=0)(arch, jax.random.key(0)), work.experiment.model.freeze_layers
+    )
     frozen, top = sharding.place(frozen, mesh), sharding.place(top, mesh)
-    flops, once = {"sample": _sample, "sft": _sft, "reward": _reward, "ppo": _ppo}[work.step](work, arch, frozen, top)
-
-    def run(again: Callable[[], bool]) -> None:
-        once()
-        while again():
-            once()
-
-    facts = {"flops": flops, "least_flops": floor.least(work, arch), "peak_flops_per_second": _peak()}
-    serve(facts | {"device": jax.devices()[0].device_kind}, run)
+    with jax.set_mesh(mesh):
+        flops, once = PROGRAMS[work.step](work, arch, frozen, top)
+        facts = {"flops": flops, "least_flops": floor.least(work, arch), "peak_flops_per_second": _peak(arch.dtype)}
+        serve(facts | {"device": jax.devices()[0].device_kind}, over(once))
     return 0
 
 
@@ -58,17 +57,28 @@ def architecture(work: Work) -> model.Architecture:
         return experiment.Run(work.experiment, Path(folder), data, "bench").arch
 
 
-def _peak(size: int = 1024, repeats: int = 5) -> float:
-    """The most f32 operations a second that a matrix product reaches here; a CPU second where CPUs compute."""
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    a = jnp.ones((size, size), jnp.float32)
+def _peak(dtype: str, repeats: int = 5) -> float:
+    """The most operations a second that a matrix product reaches on the devices; a CPU second where CPUs compute."""
+    cpu = jax.default_backend() == "cpu"
+    clock, size = (time.process_time, 1024) if cpu else (time.perf_counter, 8192)
+    a = jnp.ones((size, size), dtype)
     multiply = jax.jit(jnp.matmul)
     best = np.inf
     for _ in range(repeats + 1):
         started = clock()
         multiply(a, a).block_until_ready()
         best = min(best, clock() - started)
-    return 2 * size**3 / best
+    return 2 * size**3 / best * (1 if cpu else jax.device_count())
+
+
+def _diversity(work: Work) -> Callable[[], None]:
+    """All text metrics, in both scopes, of words that are as unevenly common as a language's (Zipf's law)."""
+    rng, samples = np.random.default_rng(0), work.experiment.sampling.samples_per_prompt
+    share_V = 1 / np.arange(1, 20_001)
+    words = np.array([f"w{i}" for i in range(len(share_V))])
+    drawn = lambda: " ".join(rng.choice(words, rng.integers(WORDS // 2, 3 * WORDS // 2 + 1), p=share_V / share_V.sum()))  # noqa: E731
+    texts_BN = [[drawn() for _ in range(samples)] for _ in range(TEXTS)]
+    return lambda: of_texts(texts_BN, np.arange(TEXTS), paper_compat=False)
 
 
 def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
@@ -86,7 +96,7 @@ def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
     c = work.experiment.sft
     token_BT = _tokens((c.batch_size, work.row_length), arch)
     mask_BT = jnp.ones(token_BT.shape, jnp.float32)
-    batch = SftBatch(tokens_BT=token_BT, mask_BT=mask_BT, weight_BT=mask_BT)
+    batch = sharding.shard_batch(SftBatch(tokens_BT=token_BT, mask_BT=mask_BT, weight_BT=mask_BT), _mesh(work))
     tx = optim.optimizer(c.optim, 1000)
     return _steps(sft.step, arch, tx, optim.new_state(tx, top, _mesh(work)), frozen, batch)
 
@@ -94,7 +104,8 @@ def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
 def _reward(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
     c = work.experiment.reward
     token_BT = _tokens((2 * c.batch_size, work.row_length), arch)
-    batch = PairBatch(tokens_BT=token_BT, mask_BT=jnp.ones(token_BT.shape, jnp.float32))
+    mask_BT = jnp.ones(token_BT.shape, jnp.float32)
+    batch = sharding.shard_batch(PairBatch(tokens_BT=token_BT, mask_BT=mask_BT, weight_BT=mask_BT), _mesh(work))
     tx = optim.optimizer(c.optim, 1000)
     state = optim.new_state(tx, Scorer(top=top, head=_head(arch, 2)), _mesh(work))
     return _steps(reward.step, arch, tx, state, frozen, batch)
@@ -127,14 +138,14 @@ def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
     def once() -> None:
         drawn = sampling.sample(*drawing(held[0]))
         rollout, _ = ppo.score(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, drawn)
-        held[0], _ = ppo.update(arch, tx, c, held[0], frozen, rollout, key)
+        held[0], _ = ppo.update(arch, tx, c, held[0], fixed, rollout, key)
         _done(held[0])
 
     drawn = jax.eval_shape(lambda state: sampling.sample(*drawing(state)), held[0])
     scoring = ppo.score.trace(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, drawn)
     rollout = scoring.out_info[0]
     flops = floor.of_program(sampling.sample.trace(*drawing(held[0])), gen.max_tokens - 1)
-    flops += floor.of_program(scoring) + floor.of_program(ppo.update.trace(arch, tx, c, held[0], frozen, rollout, key))
+    flops += floor.of_program(scoring) + floor.of_program(ppo.update.trace(arch, tx, c, held[0], fixed, rollout, key))
     return flops, once
 
 
@@ -160,10 +171,13 @@ def _prompts(count: int, work: Work, arch: model.Architecture) -> PromptBatch:
     P = work.experiment.model.prompt_length
     real_B = np.random.default_rng(1).integers(P // 2, P + 1, count)
     mask_BP = (np.arange(P) >= P - real_B[:, None]).astype(np.float32)
-    return PromptBatch(
+    batch = PromptBatch(
         tokens_BP=_tokens((count, P), arch), mask_BP=jnp.asarray(mask_BP), index_B=jnp.arange(count, dtype=jnp.int32)
     )
+    return sharding.shard_batch(batch, _mesh(work))
 
+
+PROGRAMS = {"sample": _sample, "sft": _sft, "reward": _reward, "ppo": _ppo}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))

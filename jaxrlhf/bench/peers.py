@@ -3,6 +3,7 @@
 What a process of `jaxrlhf bench` runs where they are installed; none of them is needed for anything else.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import sys
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from jaxrlhf.bench.work import SHAPES, Work, serve
+from jaxrlhf.bench.work import SHAPES, Work, over, serve
 
 BOS, PAD, EOS, FIRST_TOKEN = 0, 1, 2, 4
 # The best that is known of each; `generate` also as it comes.
@@ -19,15 +20,24 @@ PEERS = {
     "sft": ("torch loop",),
     "reward": ("torch loop",),
     "ppo": ("TRL PPO",),
+    "diversity": (),
 }
-# glibc's default gives large buffers back to the system at every step, which slows torch by up to a half.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+# TRL 1.12 is the last with PPO.
 NEEDS = {"TRL PPO": ("torch", "transformers", "datasets", "trl.experimental.ppo")}
+# Nothing of theirs goes out to the network.
+_ALONE = {"HF_HUB_OFFLINE": "1", "TRL_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+# glibc's default gives large buffers back to the system at every step, which slows torch by up to a half.
+_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 
 def needs(peer: str) -> tuple[str, ...]:
     """The modules without which a peer is not measured."""
     return NEEDS.get(peer, ("torch", "transformers"))
+
+
+def environment(peer: str) -> dict[str, str]:
+    """What its process has besides; `generate` is measured as it comes, the others at their best."""
+    return _ALONE if peer == "generate" else _ALONE | _ALLOCATOR
 
 
 def main(argv: list[str]) -> None:
@@ -95,15 +105,6 @@ def _prompts(work: Work, count: int) -> tuple[Any, Any]:
     return ids.masked_fill(mask == 0, PAD), mask
 
 
-def _over(once: Callable[[], Any]) -> Callable[[Callable[[], bool]], None]:
-    def run(again: Callable[[], bool]) -> None:
-        once()
-        while again():
-            once()
-
-    return run
-
-
 def _sample(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
     import torch
     from transformers import GenerationConfig
@@ -131,7 +132,7 @@ def _sample(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
             out = net.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
         assert out.shape[1] == c.model.prompt_length + c.model.response_length
 
-    return _over(once)
+    return over(once)
 
 
 def _sft(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
@@ -139,7 +140,7 @@ def _sft(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
 
     net = _freeze(_policy(work), work.experiment.model.freeze_layers)
     ids = torch.randint(FIRST_TOKEN, work.vocab_size, (work.experiment.sft.batch_size, work.row_length))
-    return _over(_training_step(net, lambda: net(input_ids=ids, labels=ids, use_cache=False).loss))
+    return over(_training_step(net, lambda: net(input_ids=ids, labels=ids, use_cache=False).loss))
 
 
 def _reward(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
@@ -153,7 +154,7 @@ def _reward(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
         chosen, rejected = scores.chunk(2)
         return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 
-    return _over(_training_step(net, loss))
+    return over(_training_step(net, loss))
 
 
 def _training_step(net: Any, loss: Callable[[], Any]) -> Callable[[], None]:

@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxrlhf.config import Experiment, Model, Ppo, Reward, Sampling, Sft, build
+from jaxrlhf.files import UserError
 
-STEPS = ("sample", "sft", "reward", "ppo")
+STEPS = ("sample", "sft", "reward", "ppo", "diversity")
+TEXTS, WORDS = 500, 40  # prompts whose responses `diversity` measures, and the mean length of one
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,39 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """What a step's tokens a second count: new ones where it samples, else all that it reads."""
+        """What a step's tokens a second count: new ones where it samples, else all that it reads; words of texts."""
         e = self.experiment
         return {
             "sample": e.sampling.batch_size * e.sampling.samples_per_prompt * e.model.response_length,
             "sft": e.sft.batch_size * self.row_length,
             "reward": 2 * e.reward.batch_size * self.row_length,
             "ppo": e.ppo.batch_size * e.model.response_length,
+            "diversity": TEXTS * e.sampling.samples_per_prompt * WORDS,
         }[self.step]
+
+
+def of_recipe(step: str, experiment: Experiment) -> Work:
+    """A step of a recipe's own; `UserError` where its reward model is not one of one member on the shared trunk."""
+    reward = experiment.reward
+    if step in ("reward", "ppo") and (reward.ensemble > 1 or reward.init):
+        key = f"ensemble={reward.ensemble}" if reward.ensemble > 1 else f"init={reward.init!r}"
+        raise UserError(f"config.reward.{key}: bench measures one reward model that is trained here")
+    return Work(step, experiment)
 
 
 def of_shape(step: str, shape: str, freeze_layers: float) -> Work:
     """A step of an OPT with random weights, at sizes that published models and papers have."""
     layers, width, heads, vocab_size = SHAPES[shape]
-    sizes = {"layers": layers, "width": width, "heads": heads, "ff_width": 4 * width}
-    model = Model(family="opt", prompt_length=128, response_length=48, freeze_layers=freeze_layers, **sizes)
+    model = Model(
+        family="opt",
+        layers=layers,
+        width=width,
+        heads=heads,
+        ff_width=4 * width,
+        prompt_length=128,
+        response_length=48,
+        freeze_layers=freeze_layers,
+    )
     experiment = Experiment(
         name=shape,
         model=model,
@@ -78,23 +98,34 @@ SHAPES = {"tiny": (4, 128, 4, 1024), "small": (8, 512, 8, 8192), "opt125m": (12,
 def serve(facts: Mapping[str, Any], run: Callable[[Callable[[], bool]], None]) -> None:
     """The measured side: `run(again)` does the work over and over, until `again()` says that it was the last.
 
-    The first time is the warm-up. `facts` and the peak memory go out at the end.
+    `facts` go out first, then a line for each time, the first of which is the warm-up, and the peak memory at the end.
     """
     # What libraries print must not come between the lines that are read at the other end.
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
-    started: list[float] = []
+    channel.write(json.dumps(facts) + "\n")
+    started = time.perf_counter(), time.process_time()
 
     def again() -> bool:
-        ended = time.perf_counter(), time.process_time()
-        spent = {k: b - a for k, a, b in zip(("seconds", "cpu_seconds"), started, ended, strict=False)}
-        channel.write(json.dumps(spent) + "\n")
-        channel.flush()
+        nonlocal started
+        seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+        channel.write(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}) + "\n")
         go = bool(sys.stdin.readline().strip())
-        started[:] = time.perf_counter(), time.process_time()
+        started = time.perf_counter(), time.process_time()
         return go
 
     run(again)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    channel.write(json.dumps({**facts, "peak_memory": peak}) + "\n")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    channel.write(json.dumps({"peak_memory": peak}) + "\n")
     channel.close()
+
+
+def over(once: Callable[[], Any]) -> Callable[[Callable[[], bool]], None]:
+    """`once` as `serve` runs it."""
+
+    def run(again: Callable[[], bool]) -> None:
+        once()
+        while again():
+            once()
+
+    return run

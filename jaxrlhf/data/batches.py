@@ -103,7 +103,7 @@ def pair_batches(
 ) -> Batches[PairBatch]:
     """`batches[step]` is a PairBatch [2B, T]: chosen rows, then rejected ones, padded on the right."""
     rows = _pairs(pairs, tokenizer, prompt_length, response_length)
-    width = _width((len(row) for pair in rows for row in pair), prompt_length + response_length)
+    width = _width((len(p) + len(q) for pair in rows for p, q in pair), prompt_length + response_length)
     return _stream(rows, batch_size, seed, lambda chosen: _pair_batch(chosen, width, tokenizer.pad_id))
 
 
@@ -125,6 +125,11 @@ def eval_prompt_batches(
         yield _prompt_batch(chosen, prompt_length, tokenizer.pad_id), valid
 
 
+def ids(records: Sequence[Record], *, batch_size: int, seed: int) -> Batches[list[str]]:
+    """`ids[step]` names the records of that step's training batch, in its order, whatever kind of batch it is."""
+    return _stream([r["id"] for r in records], batch_size, seed, list)
+
+
 def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
     found = list(records)
     prompts, responses = _prompts(found, tokenizer, prompt_length), _ended(found, "response", tokenizer)
@@ -138,12 +143,14 @@ def _ended(records: Sequence[Record], field: str, tokenizer: Tokenizer) -> list[
     return [ids + end for ids, end in zip(found, ends, strict=True)]
 
 
-def _pairs(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
+def _pairs(
+    records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int
+) -> list[tuple[Row, Row]]:
     """Prompt and response of both sides."""
     found = list(records)
     prompts = _prompts(found, tokenizer, prompt_length)
     sides = [
-        [p + q[:response_length] for p, q in zip(prompts, _ended(found, side, tokenizer), strict=True)]
+        [(p, q[:response_length]) for p, q in zip(prompts, _ended(found, side, tokenizer), strict=True)]
         for side in ("chosen", "rejected")
     ]
     return list(zip(*sides, strict=True))
@@ -184,9 +191,9 @@ def _sft(rows: Sequence[Row], width: int, prompt_weight: float, pad_id: int) -> 
     return SftBatch(tokens_BT=tokens_BT, mask_BT=mask_BT, weight_BT=weight_BT)  # pyright: ignore[reportArgumentType]
 
 
-def _pair_batch(rows: Sequence[Row], width: int, pad_id: int) -> PairBatch:
-    tokens_BT, mask_BT = pad([c for c, _ in rows] + [r for _, r in rows], width, pad_id)
-    return PairBatch(tokens_BT=tokens_BT, mask_BT=mask_BT)  # pyright: ignore[reportArgumentType]
+def _pair_batch(rows: Sequence[tuple[Row, Row]], width: int, pad_id: int) -> PairBatch:
+    both = _sft([c for c, _ in rows] + [r for _, r in rows], width, 0.0, pad_id)
+    return PairBatch(tokens_BT=both.tokens_BT, mask_BT=both.mask_BT, weight_BT=both.weight_BT)
 
 
 def _prompt_batch(rows: Sequence[tuple[int, list[int]]], width: int, pad_id: int) -> PromptBatch:

@@ -51,36 +51,33 @@ class Prompts:
     fields: frozenset[str]
 
 
-def prompts(spec: str, tokenizer: tokens.Tokenizer | None = None) -> Prompts:
-    """The format that `config.files.prompt` names or is.
+def prompts(spec: str, tokenizer: tokens.Tokenizer | None = None, key: str = "config.files.prompt") -> Prompts:
+    """The format that the config's `key` names or is.
 
     A record's `input` follows its instruction after a blank line where the format has no place for it.
 
     Args:
       spec: a name of `FORMATS`, "chat", or a text with `{field}`s.
       tokenizer: whose chat template "chat" means.
+      key: for errors.
 
     Raises:
       UserError: no such format, or `chat` without a template; and, of a record, a field that it lacks.
     """
     if spec == "chat":
         if tokenizer is None or tokenizer.theirs is None:
-            raise UserError(
-                "config.files.prompt='chat': a chat template comes with an imported model; set config.model.init"
-            )
+            raise UserError(f"{key}='chat': a chat template comes with an imported model; set config.model.init")
         return Prompts(lambda r: tokens.render_chat(tokenizer, question(r)), str, frozenset(("instruction",)))
     if spec not in FORMATS and not FIELD.search(spec):
-        raise UserError(
-            f"config.files.prompt={spec!r}: known are {', '.join(FORMATS)}, chat, or a text with {{instruction}}"
-        )
+        raise UserError(f"{key}={spec!r}: known are {', '.join(FORMATS)}, chat, or a text with {{instruction}}")
     made = FORMATS.get(spec, Format(spec))
     fields = frozenset(FIELD.findall(made.text))
 
     def prompt(record: Mapping[str, str]) -> str:
         if record.get("input", "").strip() and made.with_input:
-            return fill(made.with_input, record)
+            return fill(made.with_input, record, key)
         joined = {"instruction": question(record)} if "instruction" in record and "input" not in fields else {}
-        return fill(made.text, {**record, **joined})
+        return fill(made.text, {**record, **joined}, key)
 
     def response(text: str) -> str:
         return made.before + text.lstrip() if made.before else text
@@ -88,14 +85,12 @@ def prompts(spec: str, tokenizer: tokens.Tokenizer | None = None) -> Prompts:
     return Prompts(prompt, response, fields)
 
 
-def fill(template: str, record: Mapping[str, str]) -> str:
+def fill(template: str, record: Mapping[str, str], key: str) -> str:
     """The template with each `{field}` replaced by the record's, once: braces in a record's text stay text."""
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in record:
-            raise UserError(
-                f"config.files.prompt asks for {{{match[1]}}}; the record has {', '.join(sorted(record)) or 'no field'}"
-            )
+            raise UserError(f"{key} asks for {{{match[1]}}}; the record has {', '.join(sorted(record)) or 'no field'}")
         return record[match[1]]
 
     return FIELD.sub(value, template)

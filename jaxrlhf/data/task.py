@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 import jaxrlhf
-from jaxrlhf import weights
+from jaxrlhf import hub
 from jaxrlhf.config import Experiment
-from jaxrlhf.data import builders, instructions, tokens, world
+from jaxrlhf.data import builders, instructions, selection, tokens, world
 from jaxrlhf.files import read_text, whole_folder, write_json, write_text
 
 Records = Sequence[dict[str, str]]
@@ -40,7 +40,9 @@ class Task:
 
 def load(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Task:
     """The task of a config, its data prepared under `workdir/data`."""
-    return _world(config, workdir) if config.task == "world" else _files(config, workdir, log)
+    if config.task == "world":
+        return _world(config, workdir)
+    return _files(config, workdir, log) if config.task == "files" else _datasets(config, workdir, log)
 
 
 def _world(config: Experiment, workdir: Path) -> Task:
@@ -105,6 +107,23 @@ def _files(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Tas
     )
 
 
+def _datasets(config: Experiment, workdir: Path, log: Callable[[str], None]) -> Task:
+    imported = _imported_tokenizer(config, workdir)
+    found = selection.select(config.datasets, config.seed, imported, workdir, log)
+    write_json(workdir / "data" / "notes.json", found.notes)
+    vocab_size = config.datasets.vocab_size
+    return Task(
+        tokenizer=imported or _learnt_tokenizer(vocab_size, found.demonstrations, workdir, found.mark),
+        documents=lambda: found.demonstrations,
+        held_out_documents=lambda: found.validation,
+        demonstrations=found.demonstrations,
+        validation=found.validation,
+        preferences=found.preferences,
+        ppo_prompts=found.ppo_prompts,
+        splits=found.splits,
+    )
+
+
 def tokenizer(config: Experiment, workdir: Path) -> tokens.Tokenizer:
     """The tokenizer that a run in `workdir` works with, without its data; `UserError` if no run was begun there."""
     return _imported_tokenizer(config, workdir) or tokens.load(workdir / "tokenizer.json")
@@ -114,7 +133,7 @@ def base_directory(config: Experiment, workdir: Path) -> Path:
     """The Hugging Face directory that `config.model.init` names."""
     if config.model.init == "base":
         return workdir / "base"
-    return weights.directory_of(config.model.init, "config.model.init")
+    return hub.directory_of(config.model.init, "config.model.init")
 
 
 def _imported_tokenizer(config: Experiment, workdir: Path) -> tokens.Tokenizer | None:
@@ -127,7 +146,8 @@ def _imported_tokenizer(config: Experiment, workdir: Path) -> tokens.Tokenizer |
         with whole_folder(folder) as partial:
             tokens.save_files(source, partial)
     found = tokens.pretrained(folder)
-    return tokens.with_chat(found) if config.task == "files" and config.files.prompt == "chat" else found
+    formats = {"world": "", "files": config.files.prompt, "datasets": config.datasets.prompt}
+    return tokens.with_chat(found) if formats[config.task] == "chat" else found
 
 
 def _prepare(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,13 +47,21 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self.engine.get_vocab().values()) + 1
 
+    @property
+    def hash(self) -> str:
+        """Equal tokenizers, equal hashes."""
+        around = (self.chat.before, self.chat.after) if self.chat else ()
+        told = repr((self.engine.to_str(), self.pad_id, self.eos_id, self.bos, around))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end-of-text token; special tokens' names in the text are plain text."""
-        return self.engine.encode(text, add_special_tokens=False).ids
+        return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as `encode` gives them, on all cores."""
-        return [found.ids for found in self.engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        whole = [_without_surrogates(text) for text in texts]
+        return [found.ids for found in self.engine.encode_batch_fast(whole, add_special_tokens=False)]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each prompt: of a text after the tokenizer's bos, of a chat with its template's special tokens."""
@@ -108,6 +118,7 @@ def pretrained(directory: Path) -> Tokenizer:
     """
     if not any((directory / name).exists() for name in FILES):  # transformers would make an empty one up
         raise UserError(f"{directory}: no tokenizer in it; expected tokenizer.json")
+    _check_sentencepiece(directory)
     from transformers import AutoTokenizer  # seconds to import, and needed here only
 
     try:
@@ -127,6 +138,15 @@ def pretrained(directory: Path) -> Tokenizer:
     eos_id = theirs.eos_token_id
     pad_id = eos_id if theirs.pad_token_id is None else theirs.pad_token_id
     return replace(_plain(engine), pad_id=pad_id, eos_id=eos_id, bos=tuple(full[:start]), theirs=theirs)
+
+
+def _check_sentencepiece(directory: Path) -> None:
+    """Without the package, transformers takes a SentencePiece file for one of tiktoken's, and asks for that package."""
+    if (directory / "tokenizer.json").exists() or importlib.util.find_spec("sentencepiece"):
+        return
+    for path in (directory / "tokenizer.model", directory / "spiece.model"):
+        if path.exists() and path.read_bytes()[:1] == b"\n":  # how its first field begins; tiktoken's files are base64
+            raise UserError(f"{path}: a SentencePiece tokenizer; pip install sentencepiece, which converts it")
 
 
 def save_files(tokenizer: Tokenizer, folder: Path, padding_side: str = "", pad: bool = False) -> Tokenizer:
@@ -198,6 +218,11 @@ def _around(tokenizer: Tokenizer) -> tuple[str, str]:
 
 def _read(engine: Engine, text: str) -> Any:
     return engine.encode(text, add_special_tokens=False)
+
+
+def _without_surrogates(text: str) -> str:
+    """Half a character, which JSON can spell and UTF-8 cannot, as U+FFFD, the character for such."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _special(engine: Engine) -> set[int]:

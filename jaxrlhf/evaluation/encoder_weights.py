@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxrlhf import shards
 from jaxrlhf.evaluation.encoders import ACTIVATIONS, POOLINGS, Architecture, Classifier, SentenceEncoder
 from jaxrlhf.files import UserError, read_json
 from jaxrlhf.types import Params
-from jaxrlhf.weights import _stored, _tensor
 
 FAMILIES: dict[str, dict[str, Any]] = {"bert": {"after_pad": False}, "roberta": {"after_pad": True}}
 # Fields of `Architecture`: their names in config.json.
@@ -135,6 +135,10 @@ def load_sentence_encoder(directory: Path) -> SentenceEncoder:
 def load_classifier(directory: Path) -> Classifier:
     """Reads a sequence-classification directory; its labels are the config's `id2label`. Raises as above."""
     path = directory / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file; an NLI model is a directory as transformers saves a sequence classifier"
+        )
     arch, config = _architecture(path)
     names = config["id2label"]
     if sorted(names) != list(range(len(names))):
@@ -154,6 +158,8 @@ def load_classifier(directory: Path) -> Classifier:
 def _modules(directory: Path) -> dict[str, Path]:
     """Where each of the encoder's modules is."""
     path = directory / "modules.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a sentence encoder is a directory as sentence-transformers saves it")
     modules = read_json(path)
     try:
         paths = {str(m["type"]).rpartition(".")[2]: str(m["path"]) for m in sorted(modules, key=lambda m: m["idx"])}
@@ -250,7 +256,7 @@ def _params(
     directory: Path, arch: Architecture, head: dict[str, tuple[str, tuple[int, ...]]], opened_by: str
 ) -> Params:
     """Parameters as f32 arrays on the device, kernels as [inputs, outputs], the blocks' stacked by layer."""
-    stored = _stored(directory, opened_by)
+    stored = shards.stored(directory, opened_by)
     word = EMBEDDINGS["embed/tokens"]
     prefix = next((p for p in ("", *(f"{family}." for family in FAMILIES)) if p + word in stored), "")
     rows = _rows(arch, prefix) | _linear_rows(head)
@@ -289,7 +295,7 @@ def _linear_rows(linears: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str
 
 def _array(stored: Mapping[str, Path], name: str, shape: tuple[int, ...]) -> np.ndarray:
     path = stored[name]
-    array = _tensor(path, name)
+    array = shards.read(path, name)
     if array.shape != shape:
         raise UserError(f"{path}: tensor {name} is {list(array.shape)}; the config asks for {list(shape)}")
     if not jnp.issubdtype(array.dtype, jnp.floating):

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from jaxrlhf.evaluation.measures import CUT, Place
+from jaxrlhf.names import CLIMBERS
 
 Estimate = Mapping[str, float]  # mean, low, high, n
 Series = Mapping[str, Mapping[str, Estimate]]  # policy -> split -> estimate
@@ -36,6 +37,7 @@ class Look(NamedTuple):
 
 # Okabe & Ito's colours, which stay apart for colour-blind eyes; markers say the same again.
 PALETTE = {"sft": "#0072B2", "bon": "#009E73", "ppo": "#D55E00", "reference": "#6B6B6B"}
+PALETTE |= {"dpo": "#CC79A7", "rloo": "#E69F00", "grpo": "#56B4E9"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 NEUTRAL = ("#444444", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#A5AA99")  # for what is not a policy
 MARKERS = "osDv^PX*<>"
@@ -64,6 +66,7 @@ LABELS: dict[Place, str] = {
     ("length_controlled",): "length-controlled win rate",
     ("gold",): "gold reward",
     ("score",): "reward-model score",
+    ("proxy_score",): "proxy score, by the judge",
     ("length",): "length (words)",
 }
 # Not the reader's matplotlibrc: the picture is the same on every machine.
@@ -101,7 +104,13 @@ CURVES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("entropy (nats a token)", ("rollout_entropy", "entropy")),
         ("finished responses (share)", ("finished",)),
     ),
+    "dpo": (
+        ("loss (a pair)", ("loss",)),
+        ("accuracy (share of pairs)", ("accuracy", "accuracy_*")),
+        ("implicit reward (nats x beta)", ("chosen_reward", "rejected_reward")),
+    ),
 }
+CURVES |= dict.fromkeys(CLIMBERS, CURVES["ppo"])
 
 
 def label(place: Place) -> str:
@@ -207,6 +216,25 @@ def shares(series: Series, splits: Mapping[str, str], x_label: str, half: str) -
     _dots(ax, series, shown, splits, x_label)
     ax.axvline(0.5, color=SOFT, lw=1, ls="--", zorder=1)
     _legend(figure, [*shown.values(), Look(half, SOFT, "")], 46)
+    return _png(figure)
+
+
+@_styled
+def sweep(lines: Mapping[str, Sequence[tuple[float, Estimate]]], title: str, x_label: str, y_label: str) -> bytes:
+    """A measure over a number that runs were made with: a line for each policy, a point for each run."""
+    shown = looks({policy: policy for policy in lines})
+    figure = Figure((4.3, 3.2))
+    ax = figure.subplots()
+    for policy, points in lines.items():
+        look, es = shown[policy], [e for _, e in points]
+        xs, ys = [x for x, _ in points], [e["mean"] for e in es]
+        ax.errorbar(xs, ys, _whiskers(es), fmt=f"{look.marker}-", color=look.colour, ms=5, lw=1.3)
+    xs = [x for points in lines.values() for x, _ in points]
+    if min(xs) > 0 and max(xs) >= 8 * min(xs):
+        ax.set_xscale("log")
+    ax.set(xlabel=_short(x_label, 50), ylabel=_short(y_label, 34))
+    ax.set_title(_short(title, 40), loc="left", fontsize=11, fontweight="bold")
+    _legend(figure, list(shown.values()), 46)
     return _png(figure)
 
 

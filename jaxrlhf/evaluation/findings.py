@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.evaluation.figures import METRICS, SCOPES, Estimate, Look, label
-from jaxrlhf.evaluation.measures import CUT, Place, against_each_other
+from jaxrlhf.evaluation.measures import CUT, PROXY, Place, against_each_other, walk
+from jaxrlhf.evaluation.significance import LEVEL
 
 BySplit = Mapping[str, Estimate]
-SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length"}
-PERFORMANCE: tuple[Place, ...] = (("win_rate",), ("gold",), ("score",))  # the first that is there speaks for it
+SHORT: dict[Place, str] = {("win_rate",): "win rate", ("length",): "length", PROXY: "proxy score"}
+PERFORMANCE: tuple[Place, ...] = (("win_rate",), ("gold",), ("score",), PROXY)  # the first that is there speaks for it
 VARIED = ("is more diverse than", "is less diverse than")
 ALL = "all"  # the split that holds all others
 
@@ -43,21 +44,14 @@ class Words(NamedTuple):
 
 
 def decide(differences: BySplit) -> Verdict:
-    """On which splits a difference's interval excludes 0; one item alone has no interval and decides nothing."""
-    known = {s: e for s, e in differences.items() if e["n"] != 1}
+    """On which splits a difference's interval excludes 0, also after Holm's correction where results.json has it.
+
+    One item alone has no interval and decides nothing.
+    """
+    known = {s: e for s, e in differences.items() if e["n"] != 1 and e.get("p_holm", 0.0) < LEVEL}
     above = tuple(s for s, e in known.items() if e["low"] > 0)
     below = tuple(s for s, e in known.items() if e["high"] < 0)
     return Verdict(above, below, tuple(s for s in differences if s not in above + below))
-
-
-def walk(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Estimate]]:
-    """Every estimate in a tree of objects, with where it lies."""
-    if isinstance(tree, Mapping):
-        if {"mean", "low", "high", "n"} <= tree.keys():
-            yield place, tree
-        else:
-            for key, value in tree.items():
-                yield from walk(value, (*place, key))
 
 
 def series(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
@@ -85,13 +79,28 @@ def gaps(found: Found, place: Place) -> dict[str, dict[str, Estimate]]:
     return {policy: splits for policy, splits in held.items() if splits}
 
 
-def heads(found: Found) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """(a, b) -> split -> how often a's response is judged better than b's."""
+def heads(found: Found, part: str = "win_rate") -> dict[tuple[str, str], dict[str, Estimate]]:
+    """(a, b) -> split -> how often a's response is judged better than b's, or would be at equal length."""
     held: dict[tuple[str, str], dict[str, Estimate]] = {}
     for c in found.results["comparisons"]:
-        if {c["a"], c["b"]} <= found.looks.keys() and c["split"] in found.splits:
-            held.setdefault((c["a"], c["b"]), {})[c["split"]] = c["win_rate"]
+        if {c["a"], c["b"]} <= found.looks.keys() and c["split"] in found.splits and part in c:
+            held.setdefault((c["a"], c["b"]), {})[c["split"]] = c[part]
     return held
+
+
+def swept(found: Found, axis: str, place: Place, split: str) -> dict[str, list[tuple[float, Estimate]]]:
+    """Policy, without its run's name -> (x, estimate) by x, of compared runs; x is results.json's sweep[axis].
+
+    The KL is PPO's, so over it only PPO is drawn.
+    """
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
+    held = series(found, place)
+    for name, x in found.results["sweep"].get(axis, {}).items():
+        for policy in (p for p in held if p.startswith(f"{name}/") and split in held[p]):
+            bare = policy.removeprefix(f"{name}/")
+            if axis == "values" or bare == "ppo":
+                lines.setdefault(bare, []).append((x, held[policy][split]))
+    return {p: sorted(points, key=lambda point: point[0]) for p, points in lines.items()}
 
 
 def performance(found: Found) -> Place | None:
@@ -116,7 +125,14 @@ def variety(found: Found) -> Place | None:
 
 
 def pairs(found: Found) -> list[tuple[str, str]]:
-    """Each policy beside SFT, or beside the first one; and PPO beside best-of-N."""
+    """Each policy beside SFT, or beside the first one; PPO beside best-of-N, others beside PPO.
+
+    Where workdirs are compared, each policy beside its namesake; what a run says of itself is in its own report.
+    """
+    if compared := found.results["compared"]:
+        runs = {p: name for name in compared for p in found.looks if p.startswith(f"{name}/")}
+        told = dict.fromkeys((d["a"], d["b"]) for d in found.results["differences"])
+        return [(a, b) for a, b in told if runs.get(a) != runs.get(b)]
     return list(against_each_other(list(found.looks)))
 
 
@@ -145,6 +161,10 @@ def sentences(found: Found) -> dict[str, list[str]]:
         "distance": list(_of_gaps(found, well)),
         "diversity": [*_told(found, varied), *_of_pairs(found, spread, *VARIED)],
         "heads": list(_of_heads(found)),
+        "headline": list(_of_pairs(found, [p for p in (best,) if p], "does better than", "does worse than"))
+        + list(_of_pairs(found, [p for p in (varied,) if p], *VARIED)),
+        "measures": list(_of_pairs(found, [p for p in PERFORMANCE if p in found.places], "is above", "is below")),
+        "per_input": list(_of_pairs(found, [p for p in spread if p[1] == "per_input"], *VARIED)),
         "length": list(_of_pairs(found, [("length",)], "writes more than", "writes less than")),
         "gap": list(_of_lone_gaps(found, well)),
         "across": list(_of_pairs(found, other, *VARIED)),
@@ -166,7 +186,7 @@ def _of_pairs(found: Found, places: Sequence[Place], more: str, less: str) -> It
     for a, b in pairs(found):
         one, other = found.looks[a].label, found.looks[b].label
         words = Words(one, f"{more} {other}", f"{less} {other}", f"is not told apart from {other}")
-        yield from _said(found, {p: decide(differences(found, a, b, p)) for p in places}, words)
+        yield from _said(found, {p: differences(found, a, b, p) for p in places}, words)
 
 
 def _of_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
@@ -174,22 +194,27 @@ def _of_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
         one, other = found.looks[a].label, found.looks[b].label
         same = f"is not shown to lose more or less than {other}"
         words = Words(one, f"loses more than {other}", f"loses less than {other}", same)
-        yield from _said(found, {p: decide(differences(found, a, b, ("gap", *p))) for p in places}, words)
+        yield from _said(found, {p: differences(found, a, b, ("gap", *p)) for p in places}, words)
 
 
 def _of_lone_gaps(found: Found, places: Sequence[Place]) -> Iterator[str]:
     for policy, look in found.looks.items():
         more, less = "does worse than in distribution", "does better than in distribution"
         words = Words(look.label, more, less, "is not shown to do better or worse than in distribution")
-        yield from _said(found, {p: decide(gaps(found, p).get(policy, {})) for p in places}, words)
+        yield from _said(found, {p: gaps(found, p).get(policy, {}) for p in places}, words)
 
 
 def _of_heads(found: Found) -> Iterator[str]:
-    for (a, b), held in heads(found).items():
+    parts = {("head-to-head comparison",): "win_rate", ("comparison at equal length",): "length_controlled"}
+    by_part = {place: heads(found, part) for place, part in parts.items()}
+    for a, b in heads(found):
         one, other = found.looks[a].label, found.looks[b].label
         words = Words(one, f"beats {other}", f"loses to {other}", f"and {other} are not told apart")
-        margins = {s: dict(e) | {k: e[k] - 0.5 for k in ("mean", "low", "high")} for s, e in held.items()}
-        yield from _said(found, {("head-to-head comparison",): decide(margins)}, words)
+        yield from _said(found, {p: _from_half(h[a, b]) for p, h in by_part.items() if (a, b) in h}, words)
+
+
+def _from_half(held: BySplit) -> dict[str, Estimate]:
+    return {s: dict(e) | {k: e[k] - 0.5 for k in ("mean", "low", "high")} for s, e in held.items()}
 
 
 def _bargains(found: Found, best: Place | None, varied: Place | None) -> Iterator[str]:
@@ -208,17 +233,40 @@ def _bargains(found: Found, best: Place | None, varied: Place | None) -> Iterato
             )
 
 
-def _said(found: Found, verdicts: Mapping[Place, Verdict], words: Words) -> Iterator[str]:
+def _said(found: Found, held: Mapping[Place, BySplit], words: Words) -> Iterator[str]:
     """One sentence for all measures that say the same; the split `all` holds the others, so it is not counted in."""
     for whole in (True, False):
-        told: dict[Verdict, list[Place]] = {}
-        for place, verdict in verdicts.items():
-            part = Verdict(*(tuple(s for s in side if (s == ALL) == whole) for side in verdict))
-            if any(part):
-                told.setdefault(part, []).append(place)
-        for verdict, places in told.items():
+        told: dict[tuple[Verdict, float], list[Place]] = {}
+        for place, by_split in held.items():
+            part = {s: e for s, e in by_split.items() if (s == ALL) == whole}
+            if part:
+                family = max(e.get("family", 1) for e in part.values())
+                told.setdefault((decide(part), family), []).append(place)
+        for (verdict, family), places in told.items():
             scope = "over all prompts " if whole else ""
-            yield f"By {_names(places)}, {scope}{words.subject} {_sides(found, verdict, words)}."
+            many = f", after Holm's correction for {family} comparisons" if family > 1 else ""
+            open_ = [held[place][s] for place in places for s in verdict.undecided]
+            yield (
+                f"By {_names(places)}, {scope}{words.subject} {_sides(found, verdict, words)}{many}"
+                f"{_advice(open_, 'seeds' if found.results['seeds'] else 'prompts')}."
+            )
+
+
+def _advice(undecided: Sequence[Estimate], items: str) -> str:
+    """How many prompts, or seeds, would settle differences as large as those seen."""
+    sizes = sorted(
+        e.get("n_needed", math.inf) for e in undecided if "p_holm" in e and e["mean"] and e["low"] < e["high"]
+    )
+    if not sizes:
+        return ""
+    least, most = (
+        "more than a million" if n == math.inf else f"{float(f'{n:.2g}'):,.0f}" for n in (sizes[0], sizes[-1])
+    )
+    about = "" if sizes[0] == math.inf else "about "
+    if len(sizes) == 1 or least == most:
+        these = "a difference of this size" if len(sizes) == 1 else "differences of these sizes"
+        return f"; {about}{least} {items} would settle {these}"
+    return f"; {about}{least} to {most} {items} would settle differences of these sizes"
 
 
 def _sides(found: Found, verdict: Verdict, words: Words) -> str:

@@ -1,7 +1,8 @@
 """Who is the better of two answers: judges that read texts, and how far an LLM judge can be trusted.
 
 `length` prefers the longer answer, a baseline that any other judge should beat. `openai:MODEL` is any server that
-speaks the OpenAI chat API. `gold` and `reward` compare numbers that samples carry; see `results`.
+speaks the OpenAI chat API. `reward:DIRECTORY` prefers the answer that a reward model scores higher; see `proxy`. `gold`
+and `reward` compare numbers that samples carry; see `results`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from jaxrlhf.evaluation.generalisation import outcomes
 from jaxrlhf.evaluation.statistics import mean_estimate, wilson
 from jaxrlhf.files import Failure, UserError, write_records
 
-OPENAI = "openai:"
+OPENAI, REWARD = "openai:", "reward:"
 ORDERS = ("both", "random")
 MOST_FAILURES = 0.02  # share of replies without a verdict above which win rates would rest on what could be parsed
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Which judge, and what an LLM judge needs to know; see `config.Evaluation` for each."""
+    """Which judge, and what judges that read texts need to know; see `config.Evaluation` for what is not said here."""
 
     name: str
     base_url: str = "https://api.openai.com/v1"
@@ -36,6 +37,9 @@ class Judge:
     max_requests: int = 10_000
     concurrency: int = 8
     api_key_env: str = "OPENAI_API_KEY"
+    prompt: str = (
+        ""  # the prompt format in which a reward model reads bare instructions; "" = prompts are read as given
+    )
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Match:
     a: str
     b: str
     items: Mapping[Any, tuple[str, Sequence[str], Sequence[str]]]
+
+    @property
+    def longer(self) -> dict[Any, float]:
+        """By how many characters a's responses are longer than b's."""
+        return {key: longer(a, b) for key, (_, a, b) in self.items.items()}
 
 
 @dataclass
@@ -70,18 +79,33 @@ Outcomes = dict[Any, float]  # of each prompt with a verdict: 1 where a is bette
 
 def reads_texts(name: str) -> bool:
     """Whether a judge of that name decides by the texts alone."""
-    return name == "length" or name.startswith(OPENAI)
+    return name == "length" or name.startswith((OPENAI, REWARD))
+
+
+def compared(name: str, responses: Sequence[str]) -> Sequence[str]:
+    """Of a policy's responses to a prompt, those that a judge of that name looks at."""
+    return responses[:1] if name.startswith(OPENAI) else responses
+
+
+def longer(responses: Sequence[str], others: Sequence[str]) -> float:
+    """By how many characters the first are longer, on average."""
+    return float(np.mean([len(t) for t in responses]) - np.mean([len(t) for t in others]))
 
 
 def check(judge: Judge) -> None:
     """`UserError` for settings that no text judge could work with."""
-    if not reads_texts(judge.name) or judge.name == OPENAI:
-        raise UserError(f"judge={judge.name!r}: known are length, openai:MODEL")
+    if not reads_texts(judge.name) or judge.name in (OPENAI, REWARD):
+        raise UserError(f"judge={judge.name!r}: known are length, openai:MODEL, reward:DIRECTORY")
+    if judge.name.startswith(REWARD):
+        if not (directory := Path(judge.name.removeprefix(REWARD))).is_dir():
+            raise UserError(f"judge={judge.name!r}: no such directory {directory}")
+    elif judge.prompt:
+        raise UserError(f"judge_prompt={judge.prompt!r}: only judge=reward:DIRECTORY reads prompts in a format")
     if judge.order not in ORDERS:
         raise UserError(f"judge_order={judge.order!r}: known are {', '.join(ORDERS)}")
     if judge.concurrency < 1 or judge.max_requests < 0:
         raise UserError("judge_concurrency must be at least 1, and max_requests at least 0 (no limit)")
-    if judge.name != "length":
+    if judge.name.startswith(OPENAI):
         judge_prompts.read_template(judge.template)
 
 

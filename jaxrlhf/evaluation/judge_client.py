@@ -10,11 +10,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import requests
 
@@ -25,6 +26,7 @@ from jaxrlhf.logs import progress
 AGAIN = {408, 409, 425, 429, *range(500, 600)}
 OF_THE_ITEM = {400, 413, 422}  # the request is wrong, not the key or the address
 LONGEST_WAIT = 600.0  # seconds
+T = TypeVar("T")
 OPTIONAL = ("temperature", "response_format")  # parameters that some servers or models refuse
 
 
@@ -38,6 +40,7 @@ class Server:
     concurrency: int = 8  # requests under way at once
     max_requests: int = 10_000  # requests that one command may send, retries included; 0 = no limit
     timeout: float = 120.0  # seconds without a sign of the server
+    deadline: float = 300.0  # seconds for one whole answer, however steadily it drips
     attempts: int = 8  # of one question
     backoff: float = 1.0  # seconds before the second attempt; doubles with each
 
@@ -187,9 +190,19 @@ def _post(payload: Mapping[str, Any], session: _Session) -> tuple[int, str, floa
         return request
 
     url = f"{server.base_url.rstrip('/')}/chat/completions"
-    try:
+
+    def post() -> tuple[requests.Response, str]:
+        until = time.monotonic() + server.deadline
         # `auth` always, or requests would look for a password in the user's netrc. A redirect would carry the key on.
-        response = requests.post(url, json=payload, auth=authorise, timeout=server.timeout, allow_redirects=False)
+        options: dict[str, Any] = {"timeout": server.timeout, "allow_redirects": False, "stream": True}
+        with requests.post(url, json=payload, auth=authorise, **options) as response:
+            body = b"".join(takewhile(lambda _: time.monotonic() < until, response.iter_content(1 << 14)))
+        return response, body.decode("utf-8", "replace")
+
+    try:
+        response, body = _within(server.deadline, post)
+    except TimeoutError:
+        raise _Again(f"no whole answer within {server.deadline:g} s") from None
     except requests.Timeout:
         raise _Again(f"no sign of it for {server.timeout:g} s") from None
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
@@ -197,8 +210,24 @@ def _post(payload: Mapping[str, Any], session: _Session) -> tuple[int, str, floa
     except requests.RequestException as error:
         connected = not isinstance(error, requests.ConnectionError)
         raise _Again(_shown(f"{type(error).__name__}, {error}", session), connected=connected) from None
-    body = response.content.decode("utf-8", "replace")
     return response.status_code, body, _retry_after(response.headers.get("Retry-After"))
+
+
+def _within(seconds: float, f: Callable[[], T]) -> T:
+    """What `f` returns or raises, if it does so in time; else `TimeoutError`, and `f` goes on without anybody.
+
+    A thread, as nothing else ends a read that gets a byte of a header now and then.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(f())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result(seconds)
 
 
 def _take_turn(session: _Session) -> None:

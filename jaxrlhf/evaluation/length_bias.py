@@ -27,9 +27,7 @@ def estimates(won_B: np.ndarray, longer_B: np.ndarray, resamples: int) -> dict[s
     found: dict[str, Any] = {"length_controlled": length_controlled(won_B, longer_B, resamples)}
     if len(won_B) >= len(THIRDS):
         thirds = np.array_split(np.argsort(longer_B, kind="stable"), len(THIRDS))
-        found["win_rate_by_length"] = {
-            name: win_rate(won_B[third], resamples) for name, third in zip(THIRDS, thirds, strict=True)
-        }
+        found["win_rate_by_length"] = {name: win_rate(won_B[third]) for name, third in zip(THIRDS, thirds, strict=True)}
     return found
 
 
@@ -51,8 +49,8 @@ def length_controlled(won_B: np.ndarray, longer_B: np.ndarray, resamples: int, s
     mean = float(_sigmoid(start[0, 0]))
     rng = np.random.default_rng([seed, n])
     draws = []
-    # In blocks, as many resamples of many prompts would take gigabytes.
-    for block in np.array_split(np.arange(resamples), max(1, resamples * n // 1_000_000)):
+    # In blocks that stay in a core's cache: three times as fast as one that does not.
+    for block in np.array_split(np.arange(resamples), max(1, resamples * n // 100_000)):
         index_RB = rng.integers(0, n, (len(block), n))
         fitted = _fit(won_B[index_RB], _squash(longer_B[index_RB]), np.repeat(start, len(block), axis=1))
         draws.append(_sigmoid(fitted[0]))
@@ -84,7 +82,7 @@ def _fit(won_RB: np.ndarray, x_RB: np.ndarray, start: np.ndarray) -> np.ndarray:
         largest = np.maximum(np.abs(step_quality), np.abs(step_bias))
         scale = np.minimum(1.0, 2.0 / np.maximum(largest, 1e-12))
         quality_R, bias_R = quality_R + scale * step_quality, bias_R + scale * step_bias
-        if largest.max() < 1e-6:
+        if largest.max() < 1e-4:  # Newton's next step would be of its square
             break
     return np.stack([quality_R, bias_R])
 

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from jaxrlhf.evaluation import diversity, length_bias
-from jaxrlhf.evaluation.statistics import Estimate, blocks, difference_estimate, jackknife, mean_estimate, win_rate
+from jaxrlhf.evaluation.statistics import (
+    ANY,
+    Estimate,
+    Limits,
+    blocks,
+    difference_estimate,
+    jackknife,
+    mean_estimates,
+    win_rate,
+)
+from jaxrlhf.names import METHODS
 
 Place = tuple[str, ...]  # where an estimate lies in a policy's split: ("gold",), ("diversity", "per_input", "ead")
 Tree = dict[str, Any]
 WIN_RATE: Place = ("win_rate",)
-GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",))
+PROXY: Place = ("proxy_score",)
+GAPS: tuple[Place, ...] = (WIN_RATE, ("score",), ("gold",), PROXY)
 CUT = "_cut"  # ends the name of a metric of texts that were cut to one length
 LIMITS = {
+    "win_rate": (0.0, 1.0),
+    "length_controlled": (0.0, 1.0),
+    "length": (0.0, math.inf),
     "ead": (0.0, math.inf),
     "distinct": (0.0, 1.0),
     "cosine": (0.0, 1.0),
@@ -27,7 +41,10 @@ LIMITS = {
     "sbert": (0.0, 2.0),
     "vendi": (1.0, math.inf),
     "nli": (0.0, 2.0),
+    "clusters": (1.0, math.inf),
+    "semantic_entropy": (0.0, math.inf),
 }
+BY_BLOCKS = ("compression", "vendi")  # across inputs, jackknifed over blocks of prompts
 
 
 @dataclass
@@ -74,17 +91,31 @@ def rank(prompts: Sequence[Hashable]) -> np.ndarray:
     return place_B
 
 
+def limits(place: Place) -> Limits:
+    """The least and the greatest value that a measure can take."""
+    return LIMITS.get(place[-1].removesuffix(CUT), ANY)
+
+
+def walk(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Every estimate in a tree of objects, with where it lies."""
+    if isinstance(tree, Mapping):
+        if {"mean", "low", "high", "n"} <= tree.keys():
+            yield place, tree
+        else:
+            for key, value in tree.items():
+                yield from walk(value, (*place, key))
+
+
 def estimates(m: Measured, resamples: int) -> Tree:
     """Everything that was measured, as estimates over prompts."""
-    found: Tree = {}
-    for place, values in m.means.items():
-        estimate = win_rate if place == WIN_RATE else mean_estimate
-        _put(found, place, estimate(_array(values.values()), resamples))
+    means = {p: _array(values.values()) for p, values in m.means.items()}
+    found: Tree = {"win_rate": win_rate(means.pop(WIN_RATE))} if WIN_RATE in means else {}
+    found |= _means(means, resamples, limits)
     if compared := [k for k in m.means.get(WIN_RATE, {}) if k in m.longer]:
         won_B, longer_B = (_array(held[k] for k in compared) for held in (m.means[WIN_RATE], m.longer))
         found |= length_bias.estimates(won_B, longer_B, resamples)
     for place, (whole, without_B) in m.sets.items():
-        _put(found, place, jackknife(whole, without_B, LIMITS[place[-1].removesuffix(CUT)]))
+        put(found, place, jackknife(whole, without_B, limits(place)))
     return found
 
 
@@ -94,16 +125,14 @@ def differences(a: Measured, b: Measured, resamples: int) -> Tree:
     Means are bootstrapped over the prompts' own differences. Numbers of whole sets are jackknifed, and only where both
     answered the same prompts.
     """
-    found: Tree = {}
-    for place in a.means:
-        if shared := _paired(a, b, place):
-            _put(found, place, mean_estimate(_array(shared.values()), resamples))
+    shared = {place: _array(_paired(a, b, place).values()) for place in a.means}
+    found = _means({place: value_B for place, value_B in shared.items() if len(value_B)}, resamples)
     if set(a.prompts) == set(b.prompts):
         at = {prompt: i for i, prompt in enumerate(b.prompts)}
         order_B = [at[prompt] for prompt in a.prompts]
         for place in (p for p in a.sets if p in b.sets):
             (whole_a, without_a_B), (whole_b, without_b_B) = a.sets[place], b.sets[place]
-            _put(found, place, jackknife(whole_a - whole_b, without_a_B - without_b_B[order_B]))
+            put(found, place, jackknife(whole_a - whole_b, without_a_B - without_b_B[order_B]))
     return found
 
 
@@ -112,7 +141,7 @@ def gap(near: Measured, far: Measured, resamples: int) -> Tree:
     found: Tree = {}
     for place in (p for p in GAPS if p in near.means and p in far.means):
         near_B, far_B = _array(near.means[place].values()), _array(far.means[place].values())
-        _put(found, place, difference_estimate(near_B, far_B, resamples))
+        put(found, place, difference_estimate(near_B, far_B, resamples))
     return found
 
 
@@ -122,16 +151,18 @@ def gap_differences(a: Mapping[str, Measured], b: Mapping[str, Measured], split:
     for place in GAPS:
         near, far = _paired(a["id"], b["id"], place), _paired(a[split], b[split], place)
         if near and far:
-            _put(found, place, difference_estimate(_array(near.values()), _array(far.values()), resamples))
+            put(found, place, difference_estimate(_array(near.values()), _array(far.values()), resamples))
     return found
 
 
 def against_each_other(policies: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs worth a difference: each policy beside SFT, or beside the first one; and PPO beside best-of-N."""
+    """Pairs worth a difference: each policy beside SFT, or the first one; PPO beside best-of-N; others beside PPO."""
     base = "sft" if "sft" in policies else policies[0]
     yield from ((p, base) for p in policies if p != base)
     if {"ppo", "bon"} <= set(policies):
         yield "ppo", "bon"
+    if "ppo" in policies and base != "ppo":
+        yield from ((p, "ppo") for p in METHODS if p in policies)
 
 
 def _paired(a: Measured, b: Measured, place: Place) -> dict[Hashable, float]:
@@ -139,11 +170,22 @@ def _paired(a: Measured, b: Measured, place: Place) -> dict[Hashable, float]:
     return {prompt: value - other[prompt] for prompt, value in mine.items() if prompt in other}
 
 
+def _means(
+    values: Mapping[Place, np.ndarray], resamples: int, within: Callable[[Place], Limits] = lambda _: ANY
+) -> Tree:
+    found: Tree = {}
+    held = mean_estimates(list(values.values()), [within(place) for place in values], resamples)
+    for place, estimate in zip(values, held, strict=True):
+        put(found, place, estimate)
+    return found
+
+
 def _array(values: Any) -> np.ndarray:
     return np.array(list(values), np.float64)
 
 
-def _put(tree: Tree, place: Place, estimate: Estimate) -> None:
+def put(tree: Tree, place: Place, estimate: Estimate) -> None:
+    """Sets the estimate at `place`."""
     for key in place[:-1]:
         tree = tree.setdefault(key, {})
     tree[place[-1]] = estimate

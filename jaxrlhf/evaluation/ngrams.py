@@ -15,7 +15,7 @@ import numpy as np
 
 ORDERS = (1, 2, 3, 4, 5)
 
-_WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,28 @@ class Grams:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """By how much a set's metric without two texts, added to that with both, differs from those without one each."""
+
+    one_P: np.ndarray
+    two_P: np.ndarray
+    value_P: np.ndarray
+
+    def squared(self, item_T: np.ndarray) -> float:
+        """The sum of squares over pairs of items, each of which has the texts that `item_T` gives it."""
+        one_P, two_P = item_T[self.one_P], item_T[self.two_P]
+        key_P = np.minimum(one_P, two_P) * len(item_T) + np.maximum(one_P, two_P)
+        _, pair_P = np.unique(key_P, return_inverse=True)
+        return float((np.bincount(pair_P, self.value_P) ** 2).sum())
+
+
+@dataclass(frozen=True)
 class OfSets:
-    """A metric of every set, and of each text's set without that text."""
+    """A metric of every set, and of each text's set without that text; `pairs` where it is known for two texts."""
 
     of_set_S: np.ndarray
     without_T: np.ndarray
+    pairs: Pairs | None = None
 
 
 def words(text: str, paper_compat: bool = False) -> list[str]:
@@ -43,7 +60,7 @@ def words(text: str, paper_compat: bool = False) -> list[str]:
     """
     if paper_compat:
         return [w for w in text.replace(".", "").replace("\n", "").split(" ") if w]
-    return _WORDS.findall(text)
+    return WORDS.findall(text)
 
 
 def cut(text: str, most: int) -> str:

@@ -35,7 +35,7 @@ def read_named(entries: Sequence[str], flag: str) -> dict[str, list[Path]]:
 
 def read_answers(paths: Sequence[Path], name: str, log: Callable[[str], None]) -> Answers:
     """The files of one policy; several files are several samples of the prompts that all of them answer."""
-    files = [_read_file(path) for path in paths]
+    files = [_read_file(path, log) for path in paths]
     shared = [key for key in files[0].responses if all(key in f.responses for f in files)]
     if not shared:
         raise UserError(f"--outputs {name}: {', '.join(map(str, paths))} answer no prompt in common")
@@ -55,10 +55,10 @@ def read_answers(paths: Sequence[Path], name: str, log: Callable[[str], None]) -
     return joined
 
 
-def _read_file(path: Path) -> Answers:
+def _read_file(path: Path, log: Callable[[str], None]) -> Answers:
     records = read_records(path)
     if not records:
-        raise UserError(f"{path}: holds no record")
+        raise UserError(f"{path}: holds no record; a record is {{instruction, output}}, or {{prompt, responses}}")
     seen: Counter[str] = Counter()
     answers = Answers({}, {})
     for i, record in enumerate(records, 1):
@@ -66,6 +66,14 @@ def _read_file(path: Path) -> Answers:
         key = _key(path, i, prompt, seen)
         answers.dataset[key] = str(record.get("dataset") or "")
         answers.responses[key] = texts
+    if repeats := seen.total() - len(seen):
+        log(
+            f"{path}: {repeats} of {len(records)} records repeat an earlier one's prompt and count as prompts of their "
+            "own; several samples of a prompt go into one record, as a list"
+        )
+    texts = [t for row in answers.responses.values() for t in row]
+    if empty := sum(not t.strip() for t in texts):
+        log(f"{path}: {empty} of {len(texts)} answers are empty; they are measured as they are")
     return answers
 
 

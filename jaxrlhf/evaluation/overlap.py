@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxrlhf.evaluation.ngrams import Grams, OfSets, count, sizes, slots
+from jaxrlhf.evaluation.ngrams import Grams, OfSets, Pairs, count, sizes, slots
 
 BLEU_ORDERS = 4
 SMOOTHING = 0.1  # matches of an order that has n-grams but no match
@@ -72,7 +72,9 @@ def self_bleu_of_sets(orders: Sequence[Grams], set_T: np.ndarray) -> OfSets:
     change_P = _bleu(matches_nP, length_T[text_P], length_P) - bleu_T[text_P]
     others_T = total_S[set_T] - bleu_T + np.bincount(other_P, change_P, texts)
     left_T = size_S[set_T] - 1
-    return OfSets(whole_S, np.where(left_T > 1, 1 - others_T / np.maximum(left_T, 1), whole_S[set_T]))
+    without_T = np.where(left_T > 1, 1 - others_T / np.maximum(left_T, 1), whole_S[set_T])
+    # What goes from a third text's BLEU with two others, but with neither alone, is left out of the pairs.
+    return OfSets(whole_S, without_T, Pairs(text_P, other_P, change_P / size_S[set_T[text_P]]))
 
 
 def _bleu(matches_nT: np.ndarray, length_T: np.ndarray, reference_T: np.ndarray) -> np.ndarray:

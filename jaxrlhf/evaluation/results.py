@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrlhf.evaluation import generalisation, judge, measures, outputs, variety
-from jaxrlhf.evaluation.judge import Judge, Match
-from jaxrlhf.evaluation.measures import WIN_RATE, Measured, against_each_other
-from jaxrlhf.evaluation.statistics import Estimate, win_rate
+from jaxrlhf.evaluation import generalisation, judge, measures, outputs, proxy, significance, variety
+from jaxrlhf.evaluation.judge import REWARD, Judge, Match
+from jaxrlhf.evaluation.measures import PROXY, WIN_RATE, Measured, against_each_other
+from jaxrlhf.evaluation.statistics import Estimate
 from jaxrlhf.files import UserError, read_json, read_records, write_json
-from jaxrlhf.logs import say
+from jaxrlhf.logs import progress, say
+from jaxrlhf.names import POLICIES
 
 if TYPE_CHECKING:
     from jaxrlhf.config import Experiment
 
 Log = Callable[[str], None]
-POLICIES = ("sft", "bon", "ppo")
 Policies = dict[str, dict[str, Measured]]  # policy -> split
 Samples = dict[str, list[dict[str, Any]]]  # split -> records
 
@@ -48,10 +50,12 @@ def evaluate_outputs(
             raise UserError("--judge and --annotations both say who wins; give one of them")
     answers, verdicts = _read(outputs, reference, annotations, log)
     longer = _read_longer(annotations)
-    compared, told = _judge_outputs(answers, judged_by, workdir, log) if judged_by else ([], {})
+    scores = _score_outputs(answers, judged_by) if judged_by and judged_by.name.startswith(REWARD) else {}
+    compared, told = _judge_outputs(answers, judged_by, scores, workdir, log) if judged_by else ([], {})
     for match, won in compared:
         if match.b == "reference":
             verdicts[match.a] = {k: (answers[match.a].dataset[k], o) for k, o in won.items()}
+            longer[match.a] = match.longer
     measured: Policies = {name: {} for name in answers}
     texts: dict[str, dict[str, list[list[str]]]] = {name: {} for name in answers}
     samples = {name: len(next(iter(found.responses.values()))) for name, found in answers.items()}
@@ -63,9 +67,19 @@ def evaluate_outputs(
         if judged:
             m.add_mean(WIN_RATE, list(judged), list(judged.values()))
             held = answers["reference"].responses if "reference" in answers else {}
-            m.longer = {k: _longer(found.responses[k], held[k]) for k in keys if k in held} | longer.get(name, {})
+            known = {k: judge.longer(found.responses[k], held[k]) for k in keys if k in held}
+            m.longer = known | longer.get(name, {})
+        if scores:
+            m.add_mean(PROXY, keys, [float(scores[name][k].mean()) for k in keys])
         texts[name][split] = [found.responses[k] for k in keys]
     cuts = variety.add(measured, texts, variety.Options(paper_compat, cut_words, sentence_encoder, nli_model))
+    jobs = [
+        (match, s, part)
+        for match, won in compared
+        if match.b != "reference"
+        for s in _splits(answers[match.a].dataset.values())
+        if (part := {k: o for k, o in won.items() if s in ("all", answers[match.a].dataset[k])})
+    ]
     found = {
         "schema": 1,
         "task": "outputs",
@@ -81,13 +95,7 @@ def evaluate_outputs(
             "nli_model": nli_model,
         },
         **_estimates(measured, samples, cuts, resamples),
-        "comparisons": [
-            {"split": s, "a": match.a, "b": match.b, "win_rate": win_rate(np.array(part), resamples)}
-            for match, won in compared
-            if match.b != "reference"
-            for s in _splits(answers[match.a].dataset.values())
-            if (part := [o for k, o in won.items() if s in ("all", answers[match.a].dataset[k])])
-        ],
+        "comparisons": significance.corrected(_heads(jobs, resamples), null=0.5),
     }
     if not annotations and not judged_by:
         del found["judge"]
@@ -100,22 +108,30 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     c = config.evaluation
     resamples = c.bootstrap
     samples = _read_samples(workdir)
+    _score_alike(samples)
+    if c.judge.startswith(REWARD):
+        _score_samples(samples, c.text_judge)
     measured: Policies = {policy: {} for policy in samples}
     judged: dict[str, dict[str, np.ndarray]] = {policy: {} for policy in samples}
     for policy, split in [(p, s) for p, splits in samples.items() for s in splits]:
         records = samples[policy][split]
-        m, judged[policy][split] = _numbers(records, c.judge)
-        m.longer = {r["id"]: _longer(r["responses"], [r["reference"]]) for r in records if r.get("reference")}
+        m, judged[policy][split] = numbers(records, c.judge)
+        shown = {r["id"]: judge.compared(c.judge, r["responses"]) for r in records}
+        m.longer = {r["id"]: judge.longer(shown[r["id"]], [r["reference"]]) for r in records if r.get("reference")}
         measured[policy][split] = m
     texts = {
         p: {s: [r["responses"] for r in records] for s, records in splits.items()} for p, splits in samples.items()
     }
     options = variety.Options(c.paper_compat, c.cut_words, c.sentence_encoder, c.nli_model)
     cuts = variety.add(measured, texts, options)
-    if judge.reads_texts(c.judge):
+    if judge.reads_texts(c.judge) and not c.judge.startswith(REWARD):
         heads, told = _judge_samples(samples, measured, c.text_judge, workdir, resamples)
     else:
-        heads, told = generalisation.comparisons(judged, resamples), {}
+        characters = {
+            p: {s: np.array([np.mean([len(t) for t in row]) for row in rows]) for s, rows in splits.items()}
+            for p, splits in texts.items()
+        }
+        heads, told = generalisation.comparisons(judged, characters, resamples), {}
     drawn = {policy: len(next(iter(splits.values()))[0]["responses"]) for policy, splits in samples.items()}
     found = {
         "schema": 1,
@@ -125,21 +141,70 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
         "config": read_json(workdir / "config.json"),
         "sampling": {p: read_json(i) for p in samples if (i := workdir / "samples" / p / "info.json").exists()},
         **_estimates(measured, drawn, cuts, resamples),
-        "comparisons": heads,
+        "comparisons": significance.corrected(heads, null=0.5),
     }
     write_json(workdir / "results.json", found)
     return found
 
 
+def _score_alike(samples: Mapping[str, Samples]) -> None:
+    """Gives equal answers to a prompt one score, so that they draw.
+
+    The reward model gave each its own, in batches of other shapes, which can differ in the last digit.
+    """
+    known: dict[tuple[Any, ...], float] = {}
+    for records in [held for splits in samples.values() for held in splits.values()]:
+        for r in records:
+            if "reference_score" in r:
+                known.setdefault((r["prompt"], r["reference"], True), r["reference_score"])
+            finished = r.get("finished", [True] * len(r["responses"]))
+            for i, answer in enumerate(zip(r["responses"], finished, strict=True)):
+                r["scores"][i] = known.setdefault((r["prompt"], *answer), r["scores"][i])
+
+
+def _score_samples(samples: Mapping[str, Samples], judged_by: Judge) -> None:
+    """Gives records the numbers of a reward model that reads texts: `proxy_scores`, and `reference_proxy_score`."""
+    records = [r for splits in samples.values() for held in splits.values() for r in held]
+    asked, places = [], []
+    for r in records:
+        finished = r.get("finished", [True] * len(r["responses"]))
+        answers = [*zip(r["responses"], finished, strict=True), *[(r["reference"], True)] * bool(r.get("reference"))]
+        places.append((len(asked), len(r["responses"]), len(answers)))
+        asked += [proxy.Answer(r["prompt"], *answer) for answer in answers]
+    scored = proxy.scores(judged_by, asked)
+    for r, (start, responses, answers) in zip(records, places, strict=True):
+        r["proxy_scores"] = scored[start : start + responses]
+        if answers > responses:
+            r["reference_proxy_score"] = scored[start + responses]
+
+
+def _score_outputs(answers: Mapping[str, outputs.Answers], judged_by: Judge) -> dict[str, dict[Any, np.ndarray]]:
+    """A reward model's scores of each policy's responses to each prompt; all count as finished."""
+    held = [(name, key, t) for name, a in answers.items() for key, texts in a.responses.items() for t in texts]
+    scored = iter(proxy.scores(judged_by, [proxy.Answer(key[0], text) for _, key, text in held]))
+    return {
+        name: {key: np.array([next(scored) for _ in texts]) for key, texts in a.responses.items()}
+        for name, a in answers.items()
+    }
+
+
 def _judge_outputs(
-    answers: Mapping[str, outputs.Answers], judged_by: Judge, workdir: Path, log: Log
+    answers: Mapping[str, outputs.Answers],
+    judged_by: Judge,
+    scores: Mapping[str, Mapping[Any, np.ndarray]],
+    workdir: Path,
+    log: Log,
 ) -> tuple[list[tuple[Match, judge.Outcomes]], dict[str, Any]]:
     """Each policy against the reference and against each other, on the prompts that both answered."""
     matches = []
     for b, a in combinations(["reference", *(n for n in answers if n != "reference")], 2):
         one, other = (answers[n].responses if n in answers else {} for n in (a, b))
-        items = {k: (k[0], one[k], other[k]) for k in one if k in other}
+        shown = partial(judge.compared, judged_by.name)
+        items = {k: (k[0], shown(one[k]), shown(other[k])) for k in one if k in other}
         matches += [Match("all", a, b, items)] * bool(items)
+    if scores:
+        found = [{k: _won(scores[m.a][k], scores[m.b][k]) for k in m.items} for m in matches]
+        return list(zip(matches, found, strict=True)), {}
     if not matches:
         raise UserError(f"--judge={judged_by.name}: no two files answer the same prompt; give --reference=FILE")
     found, told = judge.decide(judged_by, matches, workdir, log)
@@ -150,8 +215,12 @@ def _judge_samples(
     samples: Mapping[str, Samples], measured: Policies, judged_by: Judge, workdir: Path, resamples: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Adds each policy's win rates against the reference to `measured`; returns the comparisons head to head."""
+
+    def shown(record: Mapping[str, Any]) -> Sequence[str]:
+        return judge.compared(judged_by.name, record["responses"])
+
     matches = [
-        Match(s, policy, "reference", {r["id"]: (r["prompt"], r["responses"], [r["reference"]]) for r in known})
+        Match(s, policy, "reference", {r["id"]: (r["prompt"], shown(r), [r["reference"]]) for r in known})
         for policy, splits in samples.items()
         for s, records in splits.items()
         if (known := [r for r in records if r.get("reference")])
@@ -159,7 +228,7 @@ def _judge_samples(
     for b, a in combinations(samples, 2):
         for s in (s for s in samples[a] if s in samples[b]):
             both = zip(samples[a][s], samples[b][s], strict=True)
-            items = {x["id"]: (x["prompt"], x["responses"], y["responses"]) for x, y in both}
+            items = {x["id"]: (x["prompt"], shown(x), shown(y)) for x, y in both}
             matches.append(Match(s, a, b, items))
     found, told = judge.decide(judged_by, matches, workdir, say)
     heads = []
@@ -167,18 +236,34 @@ def _judge_samples(
         if won and match.b == "reference":
             measured[match.a][match.split].add_mean(WIN_RATE, list(won), list(won.values()))
         elif won:
-            rate = win_rate(np.array(list(won.values())), resamples)
-            heads.append({"split": match.split, "a": match.a, "b": match.b, "win_rate": rate})
-    return heads, told
+            heads.append((match, match.split, won))
+    return _heads(heads, resamples), told
+
+
+def _heads(jobs: Sequence[tuple[Match, str, judge.Outcomes]], resamples: int) -> list[dict[str, Any]]:
+    """The comparisons of results.json: a match on one of its splits, and its outcomes there."""
+
+    def one(job: tuple[Match, str, judge.Outcomes]) -> dict[str, Any]:
+        (match, split, won), longer = job, job[0].longer
+        who = {"split": split, "a": match.a, "b": match.b}
+        won_B, longer_B = np.array(list(won.values())), np.array([longer[k] for k in won])
+        return generalisation.against(who, won_B, longer_B, resamples)
+
+    # Threads, as numpy lets go of the interpreter.
+    with progress("comparing", len(jobs), delay=2) as bar, ThreadPoolExecutor() as pool:
+        found = []
+        for head in pool.map(one, jobs):
+            found.append(head)
+            bar.update()
+    return found
+
+
+def _won(a_N: np.ndarray, b_M: np.ndarray) -> float:
+    return float(generalisation.outcomes(a_N[None], b_M[None])[0])
 
 
 def _read_longer(annotations: Sequence[str]) -> dict[str, dict[outputs.Key, float]]:
     return {n: outputs.read_longer(paths) for n, paths in outputs.read_named(annotations, "annotations").items()}
-
-
-def _longer(responses: Sequence[str], others: Sequence[str]) -> float:
-    """By how many characters the first are longer, on average."""
-    return float(np.mean([len(t) for t in responses]) - np.mean([len(t) for t in others]))
 
 
 def _estimates(
@@ -193,6 +278,11 @@ def _estimates(
         if split != "id" and "id" in measured[a] and "id" in measured[b]:
             told["gap"] = measures.gap_differences(measured[a], measured[b], split, resamples)
         differences.append(told)
+    gaps = {
+        policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if split != "id"}
+        for policy, splits in measured.items()
+        if "id" in splits
+    }
     return {
         "policies": {
             policy: {
@@ -202,25 +292,22 @@ def _estimates(
             }
             for policy, splits in measured.items()
         },
-        "generalisation_gap": {
-            policy: {split: measures.gap(splits["id"], m, resamples) for split, m in splits.items() if split != "id"}
-            for policy, splits in measured.items()
-            if "id" in splits
-        },
-        "differences": differences,
+        "generalisation_gap": significance.corrected_gaps(gaps),
+        "differences": significance.corrected(differences),
         "diversity_by_length": variety.by_length(measured, resamples),
     }
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The main numbers as aligned text, a row for each policy and split."""
-    head = ["policy", "split", "n", "win rate", "se", "gold", "score", "words", "per-input EAD", "across-input EAD"]
+    head = ["policy", "split", "n", "win rate", "se", "gold", "score", "proxy score", "words"]
+    head += ["per-input EAD", "across-input EAD"]
     rows = [head]
     for policy, splits in results["policies"].items():
         for split, m in splits.items():
             scopes = m["diversity"]
             won = m.get("win_rate")
-            cells = [m.get(k) for k in ("gold", "score", "length")]
+            cells = [m.get(k) for k in ("gold", "score", "proxy_score", "length")]
             cells += [scopes.get(s, {}).get("ead") for s in ("per_input", "across_input")]
             rows.append([policy, split, str(m["n_prompts"]), _cell(won), f"{won['se']:.4f}" if won else ""])
             rows[-1] += map(_cell, cells)
@@ -280,7 +367,7 @@ def _read_split(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: holds no record; delete it and run `jaxrlhf sample` again")
     n = len(records[0]["responses"])
     for i, record in enumerate(records, 1):
-        for field in ("responses", "scores", "gold"):
+        for field in ("responses", "scores", "gold", "finished"):
             if field in record and (not n or len(record[field]) != n):
                 raise UserError(
                     f"{path}, record {i}: {len(record[field])} {field}; must be {max(n, 1)}, as in record 1"
@@ -288,11 +375,11 @@ def _read_split(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:
+def numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:
     """Each prompt's numbers, and a judge's value of each of its responses [B, N], where the samples carry it."""
-    columns = {"score": "scores", "gold": "gold"}
+    columns = {"score": "scores", "gold": "gold", PROXY[0]: "proxy_scores"}
     m, judged_BN = Measured([r["id"] for r in records]), np.zeros((len(records), 0))
-    if key := {"reward": "score", "gold": "gold"}.get(by):
+    if key := PROXY[0] if by.startswith(REWARD) else {"reward": "score", "gold": "gold"}.get(by):
         if any(columns[key] not in r for r in records):
             raise UserError(f"config.evaluation.judge={by!r}: samples have no field {columns[key]!r} to judge by")
         judged_BN = np.array([r[columns[key]] for r in records], np.float64)

@@ -14,10 +14,9 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxrlhf.evaluation.diversity import Varied, by_blocks
 from jaxrlhf.evaluation.statistics import blocks
@@ -25,7 +24,6 @@ from jaxrlhf.files import UserError
 
 SENTENCES = 5  # of a text, at most
 MEETINGS = 16  # pairs of prompts that a prompt's first responses start across inputs, shared out over its responses
-CHUNK = 2048  # texts or pairs between two steps of the progress bar
 
 Pair = tuple[str, str]
 Key = TypeVar("Key", bound=Hashable)
@@ -271,7 +269,7 @@ def _embedder(directory: str) -> Callable[[Sequence[str]], np.ndarray]:
     from jaxrlhf.evaluation import encoder_weights, encoders
 
     encoder = encoder_weights.load_sentence_encoder(Path(directory))
-    return partial(_in_chunks, partial(encoders.embed, encoder), len, "embedding texts")
+    return partial(encoders.embed, encoder)
 
 
 def _reader(directory: str) -> Read:
@@ -280,23 +278,9 @@ def _reader(directory: str) -> Read:
     classifier = encoder_weights.load_classifier(Path(directory))
     worth = likeness_of(classifier.labels, f"{directory}/config.json")
 
-    def length(pair: Pair) -> int:
-        return len(pair[0]) + len(pair[1])
-
     def read(pairs: Sequence[Pair]) -> np.ndarray:
         if not pairs:
             return np.zeros(0, np.int64)
-        logits = _in_chunks(partial(encoders.classify, classifier), length, "comparing sentences", pairs)
-        return worth[logits.argmax(-1)]
+        return worth[encoders.classify(classifier, pairs).argmax(-1)]
 
     return read
-
-
-def _in_chunks(f: Callable[[Any], np.ndarray], length: Callable[[Any], int], title: str, items: Sequence[Any]) -> Any:
-    """`f` of items in their order, like lengths together, with a bar where it takes more than two seconds."""
-    order = sorted(range(len(items)), key=lambda i: (-length(items[i]), items[i]))
-    starts = tqdm(range(0, len(order), CHUNK), desc=title, delay=2, leave=False)
-    found = [f([items[i] for i in order[s : s + CHUNK]]) for s in starts]
-    out = np.empty_like(np.concatenate(found))
-    out[order] = np.concatenate(found)
-    return out

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxrlhf.evaluation.measures import CUT, Measured, rank
 from jaxrlhf.evaluation.statistics import mean_estimate
+from jaxrlhf.logs import progress
 
 Policies = Mapping[str, Mapping[str, Measured]]  # policy -> split
 Texts = Mapping[str, Mapping[str, Sequence[Sequence[str]]]]  # policy -> split -> [B][N]
@@ -96,8 +96,8 @@ def _means(m: Measured, index: np.ndarray, resamples: int) -> dict[str, Any]:
 
 
 def _bar(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Policies and splits, with a bar on standard error where they take more than two seconds."""
-    bar = tqdm(jobs, leave=False, delay=2, mininterval=1)
-    for job in bar:
-        bar.set_description("measuring " + ", ".join(job), refresh=False)
-        yield job
+    """Policies and splits, with a bar where they take more than two seconds."""
+    with progress("measuring diversity", len(jobs), delay=2) as bar:
+        for job in jobs:
+            yield job
+            bar.update()

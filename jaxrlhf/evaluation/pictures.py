@@ -1,0 +1,74 @@
+"""Which figures the report has: every one that the numbers allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from jaxrlhf.evaluation import figures, findings
+from jaxrlhf.evaluation.figures import Estimate
+from jaxrlhf.evaluation.findings import ALL, Found
+from jaxrlhf.evaluation.measures import CUT, Place
+
+
+def write(folder: Path, drawn: Mapping[str, bytes]) -> None:
+    """Each picture as `folder`/NAME.png; other pictures there go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        if old.stem not in drawn:
+            old.unlink()
+    for name, png in drawn.items():
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(png)
+        partial.replace(folder / f"{name}.png")
+
+
+def draw(found: Found, accuracy: Mapping[str, Mapping[str, Estimate]]) -> dict[str, bytes]:
+    """Every figure that the numbers allow; a name tells the template where it goes."""
+    looks, splits = found.looks, found.splits
+    best, varied = findings.performance(found), findings.variety(found)
+    titles = [("Generalisation", best), ("Diversity", varied)]
+    panels = [(title, findings.series(found, place), place) for title, place in titles if place]
+    pictures: dict[str, bytes] = {}
+    if panels:
+        pictures["headline"] = figures.headline(panels, looks, splits, wide=True)
+        pictures["headline_narrow"] = figures.headline(panels, looks, splits, wide=False)
+    for i, place in enumerate(found.places):
+        pictures[_named(place, i)] = figures.by_split(findings.series(found, place), looks, splits, place)
+    far = {s: t for s, t in splits.items() if s not in ("id", ALL)}
+    for place in findings.PERFORMANCE:
+        if gaps := findings.gaps(found, place):
+            pictures[f"gap_{place[0]}"] = figures.by_split(gaps, looks, far, place, zero="gap in ")
+    if heads := findings.heads(found):
+        named = {f"{looks[a].label} against {looks[b].label}": held for (a, b), held in heads.items()}
+        pictures["heads"] = figures.shares(named, splits, "share of comparisons won by the first", "even")
+    if best and varied:
+        x, y = findings.series(found, varied), findings.series(found, best)
+        points = {p: {s: (x[p][s], y[p][s]) for s in y[p] if s in x[p]} for p in y if p in x}
+        pictures["tradeoff"] = figures.tradeoff(points, looks, splits, figures.label(varied), figures.label(best))
+    pictures |= dict(_sweeps(found, [p for p in (best, varied) if p]))
+    if accuracy:
+        rows = {s: findings.split_label(s) for held in accuracy.values() for s in held}
+        pictures["accuracy"] = figures.shares(accuracy, rows, "share of pairs ranked as the judge does", "chance")
+    return pictures
+
+
+def _named(place: findings.Place, i: int) -> str:
+    """A picture's name, never made from what a file calls a measure."""
+    if place in figures.LABELS:
+        return f"measure_{place[0]}"
+    if len(place) == 3 and place[0] == "diversity" and place[1] in figures.SCOPES and place[2] in figures.METRICS:
+        return f"{'cut_' if place[2].endswith(CUT) else ''}{place[1]}_{place[2]}"
+    return f"other_{i}"
+
+
+def _sweeps(found: Found, places: Sequence[Place]) -> Iterator[tuple[str, bytes]]:
+    """Of each split and measure a panel over the key that was swept, and one of PPO over its KL to SFT."""
+    sweep = found.results["sweep"]
+    for axis, x_label in (("values", str(sweep.get("key"))), ("kl", "KL to SFT at the end (nats a response)")):
+        for i, split in enumerate(found.splits):
+            for place in places:
+                lines = findings.swept(found, axis, place, split)
+                if lines:
+                    png = figures.sweep(lines, found.splits[split], x_label, figures.label(place))
+                    yield f"sweep_{axis}_{i}_{place[0]}", png

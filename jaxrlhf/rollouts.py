@@ -1,0 +1,239 @@
+"""What PPO, RLOO and GRPO share: sampling, one pass of the trunk for all roles, epochs of minibatch steps on TOP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrlhf import loop, losses, model, optim, policies, sampling, scoring, sharding
+from jaxrlhf.config import Grpo, Ppo, Rloo
+from jaxrlhf.data import batches
+from jaxrlhf.experiment import Run
+from jaxrlhf.files import UserError
+from jaxrlhf.types import Fixed, Frozen, PromptBatch, Rollout, Sample, Top, TrainState
+
+Metrics = dict[str, jax.Array]
+# (state, prompts, responses, their scores where the reward model comes from elsewhere, key) -> (state, metrics)
+Learn = Callable[[TrainState, PromptBatch, Sample, jax.Array | None, jax.Array], tuple[TrainState, Metrics]]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Who takes part beside the policy."""
+
+    fixed: Fixed
+    elsewhere: policies.Score | None  # the reward model's scores, where it has a trunk of its own
+
+
+def roles(run: Run) -> Roles:
+    """The trunk, SFT as the reference, and the reward model."""
+    reward, theirs = scoring.of_run(run), None
+    if isinstance(reward, scoring.RewardModel):
+        reward, theirs = None, scoring.scored_by(run, reward)
+    return Roles(Fixed(frozen=run.base[0], ref=run.policy("sft"), scorer=reward), theirs)
+
+
+def final_states(
+    arch: model.Architecture, top: Top, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array, responses: int
+) -> jax.Array:
+    """Final hidden states [B, R, D] from which the last `responses` tokens are predicted, from the trunk's output."""
+    return model.run_top(arch, top, token_BT, hidden_BTD, mask_BT, lambda x: x[:, -responses - 1 : -1])
+
+
+def read(
+    arch: model.Architecture,
+    frozen: Frozen,
+    top: Top,
+    final_BRD: jax.Array,
+    token_BT: jax.Array,
+    temperature: float,
+    entropy_gradient: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability and entropy [B, R] at the last R tokens, from `final_states`.
+
+    Without `entropy_gradient` the entropy may have none, which spares holding the logits.
+    """
+    logits, target_BR = partial(model.logits, arch, frozen, top), token_BT[:, -final_BRD.shape[1] :]
+    if frozen.embed and not entropy_gradient:
+        return losses.head_logp(logits, final_BRD, target_BR, temperature)
+    return losses.token_logp(logits(final_BRD), target_BR, temperature)
+
+
+def forward_kl(
+    arch: model.Architecture,
+    frozen: Frozen,
+    ref: Top,
+    ref_final_BRD: jax.Array,
+    top: Top,
+    final_BRD: jax.Array,
+    temperature: float,
+) -> jax.Array:
+    """KL(reference || policy) [B, R] in nats at each token of a rollout, over the whole vocabulary.
+
+    The states are the policy's, where it acts, and count as given; so this is no unbiased estimate of the KL of whole
+    responses, which would take samples of the reference. One position's logits are held at a time, also for gradients.
+    """
+
+    @jax.checkpoint
+    def at(final: tuple[jax.Array, jax.Array]) -> jax.Array:
+        ref_BV, own_BV = (model.logits(arch, frozen, t, f) for t, f in zip((ref, top), final, strict=True))
+        return losses.forward_kl(ref_BV, own_BV, temperature)
+
+    return jax.lax.map(at, (ref_final_BRD.swapaxes(0, 1), final_BRD.swapaxes(0, 1))).T
+
+
+def look(
+    arch: model.Architecture,
+    shaping: Ppo,
+    fixed: Fixed,
+    top: Top,
+    prompts: PromptBatch,
+    drawn: Sample,
+    temperature: float,
+    given_score_B: jax.Array | None,
+) -> tuple[Rollout, jax.Array, Metrics]:
+    """One pass of the trunk for policy, reference and reward model: the rollout, the policy's final states, metrics.
+
+    `prompts` has a row for each response. `given_score_B` holds the scores where the reward model comes from elsewhere.
+    """
+    R = drawn.tokens_BR.shape[1]
+    token_BT = jnp.concatenate([prompts.tokens_BP, drawn.tokens_BR], 1)
+    mask_BT = jnp.concatenate([prompts.mask_BP, drawn.mask_BR], 1)
+    mask_BR, length_B = drawn.mask_BR, drawn.mask_BR.sum(-1)
+    hidden_BTD = model.trunk(arch, fixed.frozen, token_BT, mask_BT)
+    final_BRD, ref_BRD = (final_states(arch, t, token_BT, hidden_BTD, mask_BT, R) for t in (top, fixed.ref))
+    logp_BR, entropy_BR = read(arch, fixed.frozen, top, final_BRD, token_BT, temperature)
+    ref_logp_BR, _ = read(arch, fixed.frozen, fixed.ref, ref_BRD, token_BT, temperature)
+    if fixed.scorer is None:
+        assert given_score_B is not None
+        model_score_B = given_score_B
+    else:
+        model_score_B = policies.read_out(arch, fixed.scorer, token_BT, hidden_BTD, mask_BT)
+    score_B = losses.score_penalties(model_score_B, length_B, drawn.finished_B, shaping, R)
+    rollout = Rollout(
+        tokens_BT=token_BT,
+        mask_BT=mask_BT,
+        response_mask_BR=mask_BR,
+        hidden_BTD=hidden_BTD,
+        logp_BR=logp_BR,
+        ref_logp_BR=ref_logp_BR,
+        score_B=score_B,
+    )
+    metrics = {
+        "score": model_score_B.mean(),
+        "score_with_penalties": score_B.mean(),
+        "kl": (losses.kl(logp_BR, ref_logp_BR, "k1") * mask_BR).sum(-1).mean(),  # nats a response
+        "length": length_B.mean(),
+        "finished": drawn.finished_B.astype(jnp.float32).mean(),
+        "rollout_entropy": losses.masked_mean(entropy_BR, mask_BR),
+        # The sampler decodes token by token, the scorer in one pass: the gap is rounding, or a bug.
+        "sampler_gap": jnp.abs((logp_BR - drawn.logp_BR) * mask_BR).max(),
+    }
+    return rollout, final_BRD, metrics
+
+
+def epochs(
+    tx: optax.GradientTransformation,
+    loss: Callable[[Any, Any], tuple[jax.Array, Metrics]],
+    state: TrainState,
+    rollout: Rollout,
+    key: jax.Array,
+    epochs: int,
+    minibatches: int,
+) -> tuple[TrainState, Metrics]:
+    """Minibatch steps on what is trained; every response is visited exactly once an epoch. Metrics are their means."""
+    B = rollout.score_B.shape[0]
+
+    def minibatch(state: TrainState, index_b: jax.Array) -> tuple[TrainState, Metrics]:
+        mb = jax.tree.map(lambda x: x[index_b], rollout)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, mb)
+        state, norm = optim.update(tx, value, grads, state)
+        return state, metrics | {"loss": value} | norm
+
+    order_EB = jax.vmap(lambda k: jax.random.permutation(k, B))(jax.random.split(key, epochs))
+    state, metrics = jax.lax.scan(minibatch, state, order_EB.reshape(epochs * minibatches, B // minibatches))
+    state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    return state, jax.tree.map(jnp.mean, metrics) | optim.left_out(state)
+
+
+def train(
+    run: Run,
+    stage: str,
+    c: Ppo | Rloo | Grpo,
+    held: Roles,
+    state: TrainState,
+    policy: Callable[[Any], Top],
+    learn: Learn,
+    samples: int = 1,
+) -> None:
+    """Steps of sampling `samples` responses to each prompt of a batch and learning from them, and the stage's end.
+
+    `policy` finds the policy in what is trained. Prompts reach `learn` as often as they have responses.
+    """
+    prompts = batches.prompt_batches(
+        run.task.ppo_prompts,
+        run.task.tokenizer,
+        batch_size=c.batch_size,
+        prompt_length=run.config.model.prompt_length,
+        seed=run.seed(stage),
+    )
+    gen = sampling.Generation(
+        max_tokens=run.config.model.response_length,
+        temperature=c.temperature,
+        eos_id=run.task.tokenizer.eos_id,
+        pad_id=run.task.tokenizer.pad_id,
+    )
+
+    def step(state: TrainState, i: int) -> tuple[TrainState, dict]:
+        batch = cast(PromptBatch, sharding.shard_batch(prompts[i], run.mesh))
+        draw_key, update_key = jax.random.split(run.key(stage, i))
+        top, frozen = policy(state.params), held.fixed.frozen
+        drawn = sampling.sample(run.arch, gen, frozen, top, batch.tokens_BP, batch.mask_BP, draw_key, samples)
+        given_B = None if held.elsewhere is None else jnp.asarray(held.elsewhere(batch, drawn, samples))
+        batch = jax.tree.map(lambda x: jnp.repeat(x, samples, 0), batch) if samples > 1 else batch
+        state, metrics = learn(state, batch, drawn, given_B, update_key)
+        logged = (i + 1) % c.loop.log_every == 0 or i + 1 == c.loop.steps
+        return state, metrics | (_gold(run, batch, drawn) if logged else {})
+
+    loop.run(
+        stage=stage,
+        title=run.title,
+        directory=run.directory(stage),
+        loop=c.loop,
+        state=state,
+        meta=run.meta(stage),
+        step=step,
+        ids=lambda i: batches.ids(run.task.ppo_prompts, batch_size=c.batch_size, seed=run.seed(stage))[i],
+    )
+    cut = batches.cut({"train": run.task.ppo_prompts}, run.task.tokenizer, **run.lengths)
+    run.finish(stage, {"steps": c.loop.steps, "prompts": len(run.task.ppo_prompts)} | cut)
+
+
+def check(run: Run, stage: str, c: Ppo | Rloo | Grpo, samples: int = 1) -> None:
+    """`UserError` for batches that do not divide over the devices or into minibatches, and for greedy rollouts."""
+    sharding.check_divides(f"config.{stage}.batch_size", c.batch_size, run.mesh)
+    if c.batch_size * samples % c.minibatches:
+        times = f" x config.{stage}.samples={samples}" if samples > 1 else ""
+        raise UserError(
+            f"config.{stage}.batch_size={c.batch_size}{times} does not divide into "
+            f"config.{stage}.minibatches={c.minibatches}; "
+            f"batch_size={c.batch_size // c.minibatches * c.minibatches or c.minibatches} would"
+        )
+    if c.temperature <= 0:
+        raise UserError(f"config.{stage}.temperature={c.temperature}: rollouts are sampled, so it must be above 0")
+
+
+def _gold(run: Run, batch: PromptBatch, drawn: Sample) -> dict[str, float]:
+    """The true reward of a rollout, where the task knows it: what over-optimisation is seen by."""
+    if run.task.gold is None:
+        return {}
+    texts = policies.decode(run, drawn.tokens_BR, drawn.mask_BR)
+    rows = zip(np.asarray(batch.index_B).tolist(), texts, np.asarray(drawn.finished_B).tolist(), strict=True)
+    return {"gold": float(np.mean([run.task.gold(run.task.ppo_prompts[i]["facts"], t, f) for i, t, f in rows]))}

@@ -1,0 +1,70 @@
+"""PPO's update on rollouts that hold numbers that are not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import model, optim, ppo, sharding
+from jaxrlhf.config import Experiment, Mesh, Model, Optim, Ppo
+from jaxrlhf.experiment import architecture
+from jaxrlhf.split import split
+from jaxrlhf.types import ActorCritic, Fixed, PpoRollout, ScalarHead
+
+C = Ppo(batch_size=6, epochs=2, minibatches=3, kl_target=0.75, kl_horizon=12)
+TX = optim.optimizer(Optim(lr=0.01), 6)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """The arguments of an update: an untrained policy, and a rollout of 6 prompts of up to 4 tokens."""
+    sizes = Model(layers=2, width=8, heads=2, ff_width=12, prompt_length=4, response_length=3, freeze_layers=0.5)
+    arch = architecture(Experiment(model=sizes), 11)
+    frozen, top = split(model.init(arch, jax.random.key(0)), 0.5)
+    rng = np.random.default_rng(0)
+    token_BT = jnp.asarray(rng.integers(2, 11, (6, 7)), jnp.int32)
+    mask_BT = jnp.ones((6, 7), jnp.float32).at[1, 0].set(0).at[2, -1].set(0)
+    numbers = {k: jnp.asarray(rng.normal(size=(6, 3)), jnp.float32) for k in ("logp", "ref_logp", "value", "return")}
+    rollout = PpoRollout(
+        tokens_BT=token_BT,
+        mask_BT=mask_BT,
+        response_mask_BR=mask_BT[:, -3:],
+        hidden_BTD=model.trunk(arch, frozen, token_BT, mask_BT),
+        logp_BR=numbers["logp"],
+        ref_logp_BR=numbers["ref_logp"],
+        value_BR=numbers["value"],
+        score_B=jnp.zeros(6, jnp.float32),
+        advantage_BR=numbers["return"] - numbers["value"],
+        return_BR=numbers["return"],
+    )
+    value = ScalarHead(w_D=jnp.zeros(8, jnp.float32), b=jnp.zeros((), jnp.float32))
+    return arch, frozen, ActorCritic(top=top, value=value), rollout
+
+
+def update(start, rollout):
+    arch, frozen, policy, _ = start
+    fixed = Fixed(frozen=frozen, ref=policy.top, scorer=None)
+    state = optim.new_state(TX, policy, sharding.make_mesh(Mesh()), kl_coef=jnp.float32(0.05))
+    state, metrics = ppo.update(arch, TX, C, state, fixed, rollout, jax.random.key(1))
+    return jax.device_get(state), metrics
+
+
+def test_a_bad_response_leaves_out_its_minibatch_of_each_epoch(start):
+    rollout = start[3]
+    whole, _ = update(start, rollout)
+    assert (int(whole.step), int(whole.skipped), int(whole.opt_state[1][0].count)) == (1, 0, 6)
+    bad, metrics = update(start, rollout.replace(return_BR=rollout.return_BR.at[4].set(jnp.nan)))
+    assert (int(bad.step), int(bad.skipped), int(bad.opt_state[1][0].count)) == (1, 2, 4)
+    assert int(metrics["skipped"]) == 2
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(bad))
+    assert not np.array_equal(bad.params.value.w_D, start[2].value.w_D)
+    assert np.float32(bad.kl_coef) == np.float32(whole.kl_coef) != np.float32(0.05)
+
+
+def test_a_rollout_that_is_bad_throughout_changes_no_parameter_and_no_coefficient(start):
+    rollout = start[3]
+    nothing = jnp.full((6, 3), jnp.nan, jnp.float32)
+    state, metrics = update(start, rollout.replace(advantage_BR=nothing, ref_logp_BR=nothing))
+    assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(start[2])))
+    assert (int(state.step), int(state.skipped), int(metrics["in_a_row"])) == (1, 6, 6)
+    assert np.float32(state.kl_coef) == np.float32(0.05)
