@@ -39,7 +39,8 @@ USAGE = """jaxrlhf COMMAND [flags]
   export     a trained model as a directory that transformers loads:
              jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|dpo|rloo|grpo|reward --to=DIR
   bench      seconds and memory of a step, beside those of peers that are installed, as a JSON line or a table of all:
-             jaxrlhf bench sample|sft|reward|ppo|diversity|all [--shape=small|opt125m | --config=RECIPE] [--repeats=N]
+             jaxrlhf bench sample|sft|reward|ppo|diversity|start|all
+                              [--shape=tiny|small|opt125m | --config=RECIPE] [--repeats=N]
 
 Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jaxrlhf/config.py.
 """
@@ -228,29 +229,35 @@ def _export(argv: list[str]) -> None:
 def _bench(argv: list[str]) -> None:
     from jaxrlhf import recipes
     from jaxrlhf.bench import command
-    from jaxrlhf.bench.work import SHAPES, STEPS, of_recipe, of_shape
+    from jaxrlhf.bench.work import SHAPES, STEPS, Work, of_recipe, of_shape
 
     values = flags.FlagValues()
     flags.DEFINE_enum("shape", "small", list(SHAPES), "of an OPT with random weights", flag_values=values)
     flags.DEFINE_integer("repeats", 3, "steps that are measured, after a warm-up", 1, flag_values=values)
     config, extra = recipes.parse(argv, values) if _has(argv, "config") else (None, _flags(argv, values))
-    if len(extra) != 1 or extra[0] not in (*STEPS, "all"):
-        raise UserError(f"bench takes one of {', '.join(STEPS)}, all; it was given {' '.join(extra) or 'none'}")
+    if len(extra) != 1 or extra[0] not in (*STEPS, "start", "all"):
+        raise UserError(f"bench takes one of {', '.join(STEPS)}, start, all; it was given {' '.join(extra) or 'none'}")
     if config is not None and _has(argv, "shape"):
         raise UserError("--shape and --config both say what is measured; give one of them")
-    steps, shape = STEPS if extra[0] == "all" else extra, str(values["shape"].value)
-    if config is not None:
-        works = [of_recipe(step, recipes.resolve(config)) for step in steps]
-    else:
-        shares = {"sft": (0.8, 0.0), "reward": (0.8, 0.0)}
-        works = [of_shape(step, shape, k) for step in steps for k in shares.get(step, (0.8,))]
-    found, repeats = [], int(str(values["repeats"].value))
-    for work in works:
-        found.append(command.measure(work, repeats, with_peers=config is None))
-        if extra[0] != "all":
+    what, shape, repeats = extra[0], str(values["shape"].value), int(str(values["repeats"].value))
+
+    def work(step: str, freeze_layers: float = 0.8) -> Work:
+        return of_shape(step, shape, freeze_layers) if config is None else of_recipe(step, recipes.resolve(config))
+
+    steps = STEPS if what == "all" else (what,) if what != "start" else ()
+    shares = {"sft": (0.8, 0.0), "reward": (0.8, 0.0)} if config is None else {}
+    works = [work(step, k) for step in steps for k in shares.get(step, (0.8,))]
+    found = []
+    for w in works:
+        say(f"{w.step}, {w.experiment.name}, {w.experiment.model.freeze_layers:g} frozen")
+        found.append(command.measure(w, repeats, with_peers=config is None))
+        if what != "all":
             print(json.dumps(found[-1]), flush=True)
-    if extra[0] == "all":
-        print(command.table(found))
+    if what == "all":
+        print(command.table(found), flush=True)
+    if what in ("start", "all"):
+        started = command.measure_start(work("ppo"))
+        print(json.dumps(started) if what == "start" else f"\n{command.start_line(started)}")
 
 
 def _run_stages(command: str, argv: list[str]) -> None:

@@ -16,14 +16,17 @@ from jaxrlhf.main import main
 from jaxrlhf.split import split
 
 SIDE = """
-import json, sys
+import sys
 from jaxrlhf.bench.work import over, serve
-spent = iter({spent})
-def run(again):
-    while again():
-        if next(spent, None) is None:
-            sys.exit("out of\\nmemory")
-serve({{"device": "cpu"}}, run)
+left = {times}
+def once():
+    global left
+    print("noise")
+    if (left := left - 1) < 0:
+        sys.exit("out\\nof memory")
+print("noise")
+sys.stdout.flush()
+serve({{"device": "none"}}, over(once))
 """
 
 
@@ -68,7 +71,9 @@ def test_programs_do_little_more_than_the_least(step, freeze_layers):
 
 def sides(stack, **spent):
     """Processes that do nothing, as often as `spent` says, and end with an error when told to do it once more."""
-    return [command.start(n, [sys.executable, "-c", SIDE.format(times=t)], {}, stack) for n, t in spent.items()]
+    found = [command.start(n, [sys.executable, "-c", SIDE.format(times=t)], {}, stack) for n, t in spent.items()]
+    assert [command.read(side) for side in found] == [{"device": "none"}] * len(found)
+    return found
 
 
 def test_sides_take_turns_and_one_that_ends_early_is_left_out_with_its_last_words():
@@ -89,7 +94,7 @@ def test_ours_ending_early_is_a_failure():
 
 def test_ratios_are_of_turns_and_the_table_says_what_is_not_measured(monkeypatch, capsys):
     monkeypatch.setattr(command, "_missing", lambda modules: modules[0])
-    monkeypatch.setattr(command, "_read", lambda side, word="": {"device": "cpu"})
+    monkeypatch.setattr(command, "read", lambda side, word="": {"device": "cpu"})
     monkeypatch.setattr(command, "start", lambda *_: None)
     runs = {"jaxrlhf": [{"seconds": s, "cpu_seconds": 2 * s} for s in (1.0, 2.0, 4.0)]}
     monkeypatch.setattr(command, "take_turns", lambda *_: (runs, {"jaxrlhf": 2e9}))
@@ -110,7 +115,7 @@ def test_ratios_are_of_turns_and_the_table_says_what_is_not_measured(monkeypatch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["speed"], "bench takes one of sample, sft, reward, ppo, diversity, all; it was given speed"),
+        (["speed"], "bench takes one of sample, sft, reward, ppo, diversity, start, all; it was given speed"),
         ([], "it was given none"),
         (["sft", "--shape=huge"], "--shape=huge"),
         (["sft", "--repeats=0"], "--repeats=0"),

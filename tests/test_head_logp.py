@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import losses
+from jaxrlhf import losses, model, rollouts
+from jaxrlhf.split import split
 
 
 @pytest.mark.parametrize("most", [1, 2 * 3 * 7, 2**24])
@@ -39,3 +40,46 @@ def test_a_head_that_is_trained_cannot_be_read_as_a_frozen_one():
 
     with pytest.raises(jax.errors.UnexpectedTracerError):
         jax.grad(total)(jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("freeze_layers", [0.5, 0.0])
+def test_a_rollout_is_read_as_by_its_logits_whoever_owns_the_head(freeze_layers):
+    """Values, entropies and gradients of TOP; with `entropy_gradient`, the entropy's too."""
+    arch = model.Architecture(
+        **model.FAMILIES["llama"],
+        vocab_size=13, layers=2, width=8, heads=2, kv_heads=1, head_width=4, ff_width=12, max_positions=16,
+    )  # fmt: skip
+    frozen, top = split(model.init(arch, jax.random.key(5)), freeze_layers)
+    rng, R = np.random.default_rng(1), 3
+    token_BT = jnp.asarray(rng.integers(0, 13, (2, 7)), jnp.int32)
+    mask_BT = jnp.asarray([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], jnp.float32)
+    weight_BR, other_BR = (jnp.asarray(rng.normal(size=(2, R)), jnp.float32) for _ in range(2))
+
+    def total(top, read):
+        hidden_BTD = model.trunk(arch, frozen, token_BT, mask_BT)
+        logp_BR, entropy_BR = read(top, hidden_BTD)
+        return (logp_BR * weight_BR + entropy_BR * other_BR).sum()
+
+    def plain(top, hidden_BTD):
+        final_BTD = model.run_top(arch, top, token_BT, hidden_BTD, mask_BT)
+        logits_BTV = model.logits(arch, frozen, top, final_BTD)
+        return losses.token_logp(logits_BTV[:, -R - 1 : -1], token_BT[:, -R:], 0.7)
+
+    def ours(top, hidden_BTD, entropy_gradient):
+        final_BRD = rollouts.final_states(arch, top, token_BT, hidden_BTD, mask_BT, R)
+        return rollouts.read(arch, frozen, top, final_BRD, token_BT, 0.7, entropy_gradient)
+
+    def without(top, hidden_BTD):
+        logp_BR, entropy_BR = plain(top, hidden_BTD)
+        return logp_BR, jax.lax.stop_gradient(entropy_BR)
+
+    for found, wanted in (
+        (lambda *x: ours(*x, True), plain),
+        (lambda *x: ours(*x, False), without if freeze_layers else plain),
+    ):
+        (a, a_grads), (b, b_grads) = (
+            jax.jit(jax.value_and_grad(total), static_argnums=1)(top, r) for r in (found, wanted)
+        )
+        assert np.allclose(a, b, atol=1e-5)
+        for x, y in zip(jax.tree.leaves(a_grads), jax.tree.leaves(b_grads), strict=True):
+            assert np.allclose(x, y, atol=1e-5)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from statistics import median
@@ -41,8 +43,8 @@ def measure(work: Work, repeats: int, with_peers: bool) -> dict[str, Any]:
     """
     absent: dict[str, str] = {}
     with ExitStack() as stack:
-        ours = start("jaxrlhf", [sys.executable, "-m", "jaxrlhf.bench.ours", str(work)], {}, stack)
-        own = _read(ours) or _fail(ours)
+        ours = start("jaxrlhf", _ours(work), {}, stack)
+        own = read(ours) or _fail(ours)
         sides = [ours]
         for peer in peers.PEERS[work.step] if with_peers else ():
             if own["device"] != "cpu":
@@ -52,12 +54,44 @@ def measure(work: Work, repeats: int, with_peers: bool) -> dict[str, Any]:
             else:
                 command = [sys.executable, "-m", "jaxrlhf.bench.peers", peer, str(work)]
                 side = start(peer, command, peers.environment(peer), stack)
-                if _read(side) is None:
+                if read(side) is None:
                     absent[peer] = _last_words(side)
                 else:
                     sides.append(side)
         runs, peaks = take_turns(sides, repeats, absent)
     return _summary(work, own, runs, peaks, absent)
+
+
+def _ours(work: Work) -> list[str]:
+    return [sys.executable, "-m", "jaxrlhf.bench.ours", str(work)]
+
+
+def measure_start(work: Work) -> dict[str, Any]:
+    """From a process's start to the end of its first step: with nothing compiled, and again with all that was kept."""
+    runs: list[Run] = []
+    with tempfile.TemporaryDirectory() as kept:
+        for _ in range(2):
+            started, spent = time.perf_counter(), _children_cpu_seconds()
+            with ExitStack() as stack:
+                ours = start("jaxrlhf", _ours(work), {"JAX_COMPILATION_CACHE_DIR": kept}, stack)
+                if read(ours) is None or read(ours) is None:
+                    _fail(ours)
+                seconds = time.perf_counter() - started
+            runs.append({"seconds": seconds, "cpu_seconds": _children_cpu_seconds() - spent})
+    first, again = ({k: round(v, 2) for k, v in run.items()} for run in runs)
+    return {
+        "bench": "start",
+        "experiment": work.experiment.name,
+        "first": first,
+        "again": again,
+        "times_sooner": round(runs[0]["seconds"] / runs[1]["seconds"], 2),
+        "cpu_times_sooner": round(runs[0]["cpu_seconds"] / runs[1]["cpu_seconds"], 2),
+    }
+
+
+def _children_cpu_seconds() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def start(name: str, command: list[str], environment: Mapping[str, str], stack: ExitStack) -> Side:
@@ -87,15 +121,28 @@ def take_turns(
     runs: dict[str, list[Run]] = {side.name: [] for side in sides}
     for turn in range(repeats + 1):
         for side in [s for s in sides if s.name in runs]:
-            if (run := _read(side, "again\n" if turn else "")) is not None:
+            if (run := read(side, "again\n" if turn else "")) is not None:
                 runs[side.name] += [run] if turn else []
             elif side is sides[0]:
                 _fail(side)
             else:
                 absent[side.name] = _last_words(side)
                 del runs[side.name]
-    peaks = {s.name: (_read(s, "\n") or {}).get("peak_memory", 0.0) for s in sides if s.name in runs}
+    peaks = {s.name: (read(s, "\n") or {}).get("peak_memory", 0.0) for s in sides if s.name in runs}
     return runs, peaks
+
+
+def read(side: Side, word: str = "") -> dict[str, Any] | None:
+    """A side's next line, after the word that it waits for; None where it has ended. What is no JSON is passed over."""
+    stdin, stdout = side.process.stdin, side.process.stdout
+    assert stdin is not None
+    assert stdout is not None
+    try:
+        stdin.write(word)
+        stdin.flush()
+    except BrokenPipeError:
+        return None
+    return next((json.loads(line) for line in stdout if line.startswith("{")), None)
 
 
 def _missing(modules: Sequence[str]) -> str:
@@ -106,21 +153,6 @@ def _missing(modules: Sequence[str]) -> str:
         except ImportError:
             return module
     return ""
-
-
-def _read(side: Side, word: str = "") -> dict[str, Any] | None:
-    """A side's next line, after the word that it waits for; None where it has ended."""
-    stdin, stdout = side.process.stdin, side.process.stdout
-    assert stdin is not None
-    assert stdout is not None
-    try:
-        if word:
-            stdin.write(word)
-            stdin.flush()
-    except BrokenPipeError:
-        return None
-    line = stdout.readline()
-    return json.loads(line) if line else None
 
 
 def _last_words(side: Side) -> str:
@@ -226,3 +258,13 @@ def _peer_cells(line: Mapping[str, Any]) -> Iterator[list[str]]:
         yield [name, why.replace("|", "/"), "", ""]
     if not line["peers"] and not line["not_measured"]:
         yield [""] * len(PEER_HEAD)
+
+
+def start_line(found: Mapping[str, Any]) -> str:
+    """What `measure_start` found, in a sentence."""
+    first, again = found["first"], found["again"]
+    return (
+        f"From a process's start to the end of its first PPO iteration: {first['seconds']:.0f} s "
+        f"({first['cpu_seconds']:.0f} CPU s) with nothing compiled, {again['seconds']:.0f} s "
+        f"({again['cpu_seconds']:.0f}) the second time: {found['times_sooner']:.1f} times sooner."
+    )

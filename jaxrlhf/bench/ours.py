@@ -18,6 +18,7 @@ from jaxrlhf.bench import floor
 from jaxrlhf.bench.work import TEXTS, WORDS, Work, over, serve
 from jaxrlhf.data import task
 from jaxrlhf.evaluation.diversity import of_texts
+from jaxrlhf.evaluation.statistics import blocks
 from jaxrlhf.files import UserError
 from jaxrlhf.logs import say
 from jaxrlhf.split import split
@@ -71,14 +72,17 @@ def _peak(dtype: str, repeats: int = 5) -> float:
     return 2 * size**3 / best * (1 if cpu else jax.device_count())
 
 
-def _diversity(work: Work) -> Callable[[], None]:
+def _diversity(work: Work) -> Callable[[], object]:
     """All text metrics, in both scopes, of words that are as unevenly common as a language's (Zipf's law)."""
     rng, samples = np.random.default_rng(0), work.experiment.sampling.samples_per_prompt
-    share_V = 1 / np.arange(1, 20_001)
-    words = np.array([f"w{i}" for i in range(len(share_V))])
-    drawn = lambda: " ".join(rng.choice(words, rng.integers(WORDS // 2, 3 * WORDS // 2 + 1), p=share_V / share_V.sum()))  # noqa: E731
-    texts_BN = [[drawn() for _ in range(samples)] for _ in range(TEXTS)]
-    return lambda: of_texts(texts_BN, np.arange(TEXTS), paper_compat=False)
+    cumulative_V = np.cumsum(1 / np.arange(1, 20_001))
+
+    def text() -> str:
+        drawn = cumulative_V.searchsorted(rng.random(rng.integers(WORDS // 2, 3 * WORDS // 2 + 1)) * cumulative_V[-1])
+        return " ".join(f"w{i}" for i in drawn)
+
+    texts_BN = [[text() for _ in range(samples)] for _ in range(TEXTS)]
+    return lambda: of_texts(texts_BN, blocks(np.arange(TEXTS)), paper_compat=False)
 
 
 def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
