@@ -92,6 +92,12 @@ def test_ours_ending_early_is_a_failure():
         command.take_turns(sides(stack, jaxrlhf=1, peer=9), 3, {})
 
 
+def test_a_package_within_one_is_missed_by_its_whole_name():
+    assert command._missing(("json", "email.mime")) == ""
+    assert command._missing(("json", "email.rhyme")) == "email.rhyme"
+    assert command._missing(("nowhere.at", "json")) == "nowhere.at"
+
+
 def test_ratios_are_of_turns_and_the_table_says_what_is_not_measured(monkeypatch, capsys):
     monkeypatch.setattr(command, "_missing", lambda modules: modules[0])
     monkeypatch.setattr(command, "read", lambda side, word="": {"device": "cpu"})

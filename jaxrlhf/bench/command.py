@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
 from typing import IO, Any, NamedTuple, NoReturn
 
@@ -145,13 +146,14 @@ def read(side: Side, word: str = "") -> dict[str, Any] | None:
     return next((json.loads(line) for line in stdout if line.startswith("{")), None)
 
 
-def _missing(modules: Sequence[str]) -> str:
-    for module in modules:
-        try:
-            if importlib.util.find_spec(module) is None:
-                return module
-        except ImportError:
-            return module
+def _missing(packages: Sequence[str]) -> str:
+    """The first that is not installed, or ""; none is imported, as that may print and take seconds."""
+    for package in packages:
+        top, *inner = package.split(".")
+        spec = importlib.util.find_spec(top)
+        places = (spec.submodule_search_locations or []) if spec else []
+        if spec is None or (inner and not any(Path(place, *inner).is_dir() for place in places)):
+            return package
     return ""
 
 
