@@ -18,6 +18,8 @@ setup(
         "absl-py",
         "array_record",
         "etils[epath]",
+        # JAX locks its cache of compiled programs with it.
+        "filelock",
         "flax>=0.12",
         "grain>=0.2.18",
         "huggingface_hub",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import traceback
@@ -42,7 +43,9 @@ USAGE = """jaxrlhf COMMAND [flags]
              jaxrlhf import --from=facebook/opt-125m --workdir=runs/opt
   export     a trained model as a directory that transformers loads:
              jaxrlhf export --workdir=runs/quickstart --policy=sft|ppo|dpo|rloo|grpo|reward --to=DIR
-
+  bench      seconds and memory of a step, beside those of peers that are installed, as a JSON line or a table of all:
+             jaxrlhf bench sample|sft|reward|ppo|diversity|start|all
+                              [--shape=tiny|small|opt125m | --config=RECIPE] [--repeats=N]
   plan       a recipe's steps, compiled for a TPU that is not there: memory a chip, FLOPs, traffic, least seconds
              jaxrlhf plan --config=configs/tldr.py:llama-7b --topology=v5e:8x8 [--stages=sft,reward,ppo,sample]
                           [--search] ranks meshes and batch sizes, [--json] prints one line
@@ -53,8 +56,9 @@ Change any key of a recipe: --config.ppo.kl_coef=0.1 (after --config). Keys: jax
 
 def console() -> None:
     """The console script `jaxrlhf`: exit status 0 done or stopped, 2 the user's input is wrong, 1 anything else."""
-    from jaxrlhf import preemption
+    from jaxrlhf import compiled, preemption
 
+    compiled.keep()
     recipe = len(sys.argv) > 1 and sys.argv[1] in ("run", *STAGES) and _has(sys.argv, "config")
     with preemption.leaving() if recipe else contextlib.nullcontext():
         try:
@@ -126,12 +130,16 @@ def _values() -> flags.FlagValues:
 
 
 def _parse(argv: list[str], values: flags.FlagValues) -> Any:
+    _finish_parsing(_flags(argv, values), values)
+    return values
+
+
+def _flags(argv: list[str], values: flags.FlagValues) -> list[str]:
+    """Sets the flags; returns the words that are none."""
     try:
-        extra = values(argv)[1:]
+        return list(values(argv)[1:])
     except flags.Error as error:
         raise UserError(f"{str(error).splitlines()[0]}; see `jaxrlhf --help`") from None
-    _finish_parsing(extra, values)
-    return values
 
 
 def _finish_parsing(extra: list[str], values: flags.FlagValues) -> None:
@@ -266,6 +274,40 @@ def _plan(argv: list[str]) -> None:
             raise UserError(f"--stages={stage}: the recipe's are {', '.join(due)}")
     how = plan_search.told if values["search"].value else plan.told
     print(how(experiment, str(values["topology"].value), stages, bool(values["json"].value)))
+
+
+def _bench(argv: list[str]) -> None:
+    from jaxrlhf import recipes
+    from jaxrlhf.bench import command
+    from jaxrlhf.bench.work import SHAPES, STEPS, Work, of_recipe, of_shape
+
+    values = flags.FlagValues()
+    flags.DEFINE_enum("shape", "small", list(SHAPES), "of an OPT with random weights", flag_values=values)
+    flags.DEFINE_integer("repeats", 3, "steps that are measured, after a warm-up", 1, flag_values=values)
+    config, extra = recipes.parse(argv, values) if _has(argv, "config") else (None, _flags(argv, values))
+    if len(extra) != 1 or extra[0] not in (*STEPS, "start", "all"):
+        raise UserError(f"bench takes one of {', '.join(STEPS)}, start, all; it was given {' '.join(extra) or 'none'}")
+    if config is not None and _has(argv, "shape"):
+        raise UserError("--shape and --config both say what is measured; give one of them")
+    what, shape, repeats = extra[0], str(values["shape"].value), int(str(values["repeats"].value))
+
+    def work(step: str, freeze_layers: float = 0.8) -> Work:
+        return of_shape(step, shape, freeze_layers) if config is None else of_recipe(step, recipes.resolve(config))
+
+    steps = STEPS if what == "all" else (what,) if what != "start" else ()
+    shares = {"sft": (0.8, 0.0), "reward": (0.8, 0.0)} if config is None else {}
+    works = [work(step, k) for step in steps for k in shares.get(step, (0.8,))]
+    found = []
+    for w in works:
+        say(f"{w.step}, {w.experiment.name}, {w.experiment.model.freeze_layers:g} frozen")
+        found.append(command.measure(w, repeats, with_peers=config is None))
+        if what != "all":
+            print(json.dumps(found[-1]), flush=True)
+    if what == "all":
+        print(command.table(found), flush=True)
+    if what in ("start", "all"):
+        started = command.measure_start(work("ppo"))
+        print(json.dumps(started) if what == "start" else f"\n{command.start_line(started)}")
 
 
 def _run_stages(command: str, argv: list[str]) -> None:

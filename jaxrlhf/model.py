@@ -10,7 +10,7 @@ initialises one block's parameters and is used nowhere else. Keys and values go 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -18,82 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxrlhf.architecture import FAMILIES as FAMILIES
+from jaxrlhf.architecture import Architecture
 from jaxrlhf.types import Frozen, Params, Top
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Pick = Callable[[jax.Array], jax.Array]  # of [B, T, ...], the positions [B, Q, ...] that are asked for
 Tree = TypeVar("Tree")
 MASKED = -1e30  # finite, so that a row with every key masked (left padding) stays finite
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes and options of a decoder; hashable, so that it can be static under `jit`."""
-
-    family: str  # whose names a checkpoint of it has
-    vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    ff_width: int
-    max_positions: int  # of learned positions; rotary ones have no limit
-    norm: str = "rms"  # rms | rms_plus_one (its scale is 1 + the parameter) | layer
-    norm_eps: float = 1e-5
-    norm_place: str = "pre"  # pre | post | both: before a branch, on the sum after it, before and after the branch
-    final_norm: bool = True
-    qk_norm: bool = False  # of each head's queries and keys
-    positions: str = "rope"  # rope | learned
-    position_offset: int = 0  # OPT's table starts two rows later
-    rope_theta: float = 10_000.0
-    rope_share: float = 1.0  # of a head's width is rotated, rounded down
-    rope_scaling: tuple[float, ...] = ()  # (factor,) linear; (factor, low, high, original context) LLaMA 3's; () none
-    query_scalar: float = 0.0  # scores are divided by its root; 0 = the head width
-    attn_softcap: float = 0.0  # c * tanh(score / c); 0 = off
-    final_softcap: float = 0.0  # the same on the logits
-    windows: tuple[int, ...] = ()  # keys that each layer's queries see, their own included; 0 = all; () = no windows
-    parallel: bool = False  # attention and feed-forward read the same input
-    activation: str = "silu"  # silu | relu | gelu | gelu_tanh
-    gated: bool = True  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    embed_scaled: bool = False  # embeddings times the root of the width
-    embed_width: int = 0  # of tokens, projected in and out; 0 = the width, no projections
-    tied: bool = True  # the output head is the embedding table
-    dtype: str = "float32"  # of matrix products and activations; norms, softmax, logits and losses are f32 always
-    remat: str = "none"  # one of `REMAT`
-
-    @property
-    def token_width(self) -> int:
-        """The width of token embeddings and of the output head."""
-        return self.embed_width or self.width
-
-
-_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-_LEARNED = {"norm": "layer", "positions": "learned", "gated": False} | _BIASES
-# What differs from LLaMA, whose options are the defaults.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "opt": _LEARNED | {"position_offset": 2, "activation": "relu"},
-    "gpt2": _LEARNED | {"activation": "gelu_tanh"},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True, "norm_eps": 1e-6},
-    "qwen3": {"qk_norm": True, "norm_eps": 1e-6},
-    "gpt_neox": _BIASES
-    | {"norm": "layer", "gated": False, "activation": "gelu", "parallel": True, "rope_share": 0.25, "tied": False},
-    "gemma2": {
-        "norm": "rms_plus_one",
-        "norm_eps": 1e-6,
-        "norm_place": "both",
-        "query_scalar": 256,
-        "attn_softcap": 50.0,
-        "final_softcap": 30.0,
-        "activation": "gelu_tanh",
-        "embed_scaled": True,
-    },
-}
-FAMILIES: dict[str, dict[str, Any]] = {family: {"family": family} | options for family, options in _OPTIONS.items()}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -133,15 +66,22 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward. `attend(q, k, v)` decides what is attended to, and owns the cache."""
+    """Attention and feed-forward. `attend(q, k, v)` decides what is attended to, and owns the cache.
+
+    With `pick`, keys and values are those of all positions, and the rest is done for the picked ones alone.
+    """
 
     arch: Architecture
 
     @nn.compact
-    def __call__(self, h_BTD: jax.Array, position_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, h_BTD: jax.Array, position_BT: jax.Array, attend: Attend, pick: Pick = lambda x: x
+    ) -> tuple[jax.Array, Any]:
         a = self.arch
         attn_norm, mlp_norm = Norm(a, name="attn_norm"), Norm(a, name="mlp_norm")
-        attn_BTD, kept = _attention(a, h_BTD if a.norm_place == "post" else attn_norm(h_BTD), position_BT, attend)
+        x_BTD = h_BTD if a.norm_place == "post" else attn_norm(h_BTD)
+        attn_BTD, kept = _attention(a, x_BTD, position_BT, attend, pick)
+        h_BTD = pick(h_BTD)
         if a.norm_place == "both":
             attn_BTD = Norm(a, name="attn_post_norm")(attn_BTD)
         if a.parallel:
@@ -154,15 +94,17 @@ class Block(nn.Module):
         return h_BTD + (Norm(a, name="mlp_post_norm")(mlp_BTD) if a.norm_place == "both" else mlp_BTD), kept
 
 
-def _attention(a: Architecture, x_BTD: jax.Array, position_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-    q_BTHK = nn.DenseGeneral((a.heads, a.head_width), use_bias=a.qkv_bias, name="q")(x_BTD)
+def _attention(
+    a: Architecture, x_BTD: jax.Array, position_BT: jax.Array, attend: Attend, pick: Pick
+) -> tuple[jax.Array, Any]:
+    q_BTHK = nn.DenseGeneral((a.heads, a.head_width), use_bias=a.qkv_bias, name="q")(pick(x_BTD))
     k_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="k")(x_BTD)
     v_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="v")(x_BTD)
     if a.qk_norm:
         q_BTHK, k_BTGK = Norm(a, name="q_norm")(q_BTHK), Norm(a, name="k_norm")(k_BTGK)
     if a.positions == "rope":
         frequency_K = frequencies(a)
-        q_BTHK, k_BTGK = rotate(q_BTHK, position_BT, frequency_K), rotate(k_BTGK, position_BT, frequency_K)
+        q_BTHK, k_BTGK = rotate(q_BTHK, pick(position_BT), frequency_K), rotate(k_BTGK, position_BT, frequency_K)
     out_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
     return nn.DenseGeneral(a.width, axis=(-2, -1), use_bias=a.o_bias, name="o")(out_BTHK), kept
 
@@ -252,10 +194,12 @@ def run_blocks(
     mask_BTS: jax.Array,
     keep: bool = False,
     first: int = 0,
+    pick: Pick | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs stacked blocks, the model's `first` and on, over whole sequences.
 
-    With `keep`, also returns keys and values as [L, B, S, G, K] each.
+    With `keep`, also returns keys and values as [L, B, S, G, K] each. With `pick`, the states of the positions that it
+    takes, for which alone the last block then runs.
     """
     distance_BTS = position_BT[:, :, None] - position_BT[:, None, :]
     # None where no layer has a window: the scan then has nothing but the blocks to carry.
@@ -264,20 +208,26 @@ def run_blocks(
         everything = jnp.iinfo(jnp.int32).max
         window_L = jnp.asarray([w or everything for w in arch.windows], jnp.int32)[first : first + depth(blocks)]
 
-    def body(h: jax.Array, layer: tuple[Params, jax.Array | None]) -> tuple[jax.Array, Any]:
+    def body(h: jax.Array, layer: tuple[Params, jax.Array | None], pick: Pick = lambda x: x) -> tuple[jax.Array, Any]:
         block, window, h = cast(arch, layer[0]), layer[1], by_rows(h)
-        seen_BTS = mask_BTS if window is None else mask_BTS & (distance_BTS < window)
+        seen_BTS = pick(mask_BTS if window is None else mask_BTS & (distance_BTS < window))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             return attention(arch, q, k, v, seen_BTS), (k, v) if keep else None
 
-        return Block(arch).apply({"params": block}, h, position_BT, attend)  # pyright: ignore[reportReturnType]
+        return Block(arch).apply({"params": block}, h, position_BT, attend, pick)  # pyright: ignore[reportReturnType]
 
+    layers, last = (blocks, window_L), body if pick is None else partial(body, pick=pick)
     if arch.remat != "none":
         # In a scan, XLA cannot merge what is computed again with what was computed first.
         body = jax.checkpoint(body, policy=REMAT[arch.remat], prevent_cse=False)
-    h_BTD, kept = jax.lax.scan(body, h_BTD, (blocks, window_L))
-    return by_rows(h_BTD), kept
+        last = jax.checkpoint(last, policy=REMAT[arch.remat])
+    if pick is None or not depth(blocks):
+        h_BTD, kept = jax.lax.scan(body, h_BTD, layers)
+        return by_rows(h_BTD if pick is None else pick(h_BTD)), kept
+    h_BTD, kept = jax.lax.scan(body, h_BTD, jax.tree.map(lambda x: x[:-1], layers))
+    h_BQD, own = last(h_BTD, jax.tree.map(lambda x: x[-1], layers))
+    return by_rows(h_BQD), jax.tree.map(lambda below, x: jnp.concatenate([below, x[None]]), kept, own)
 
 
 def by_rows(h_BTD: jax.Array) -> jax.Array:
@@ -317,12 +267,19 @@ def trunk(arch: Architecture, frozen: Frozen, token_BT: jax.Array, mask_BT: jax.
     return run_blocks(arch, frozen.blocks, h_BTD, position_BT, causal(mask_BT))[0]
 
 
-def run_top(arch: Architecture, top: Top, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """The trained part on the trunk's output: the final normalised hidden states [B, T, D]."""
+def run_top(
+    arch: Architecture,
+    top: Top,
+    token_BT: jax.Array,
+    hidden_BTD: jax.Array,
+    mask_BT: jax.Array,
+    pick: Pick | None = None,
+) -> jax.Array:
+    """The trained part on the trunk's output: the final normalised hidden states [B, T, D], or the picked [B, Q, D]."""
     position_BT = positions(mask_BT)
     h_BTD = embed(arch, top.embed, token_BT, position_BT) if top.embed else hidden_BTD
     first = arch.layers - depth(top.blocks)
-    h_BTD = run_blocks(arch, top.blocks, h_BTD, position_BT, causal(mask_BT), first=first)[0]
+    h_BTD = run_blocks(arch, top.blocks, h_BTD, position_BT, causal(mask_BT), first=first, pick=pick)[0]
     return final_norm(arch, top, h_BTD)
 
 

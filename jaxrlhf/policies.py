@@ -48,10 +48,10 @@ def read_out(
     if isinstance(scorer, Ensemble):
         score_EB = jax.vmap(lambda member: read_out(arch, member, token_BT, hidden_BTD, mask_BT))(scorer.members)
         return losses.combine_scores(score_EB, scorer.combine, scorer.uncertainty_coef)
-    final_BTD = model.run_top(arch, scorer.top, token_BT, hidden_BTD, mask_BT)
     last_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1] > 0, axis=1)
-    final_BD = jnp.take_along_axis(final_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return final_BD.astype(jnp.float32) @ scorer.head.w_D + scorer.head.b
+    rows_B = jnp.arange(len(last_B))
+    final_B1D = model.run_top(arch, scorer.top, token_BT, hidden_BTD, mask_BT, lambda x: x[rows_B, last_B][:, None])
+    return final_B1D[:, 0].astype(jnp.float32) @ scorer.head.w_D + scorer.head.b
 
 
 def respond(

@@ -77,7 +77,9 @@ def update(
     def loss(policy: ActorCritic, mb: PpoRollout) -> tuple[jax.Array, Metrics]:
         trunk = mb.tokens_BT, mb.hidden_BTD, mb.mask_BT
         final_BRD = rollouts.final_states(arch, policy.top, *trunk, R)
-        logp_BR, entropy_BR = rollouts.read(arch, fixed.frozen, policy.top, final_BRD, mb.tokens_BT, c.temperature)
+        logp_BR, entropy_BR = rollouts.read(
+            arch, fixed.frozen, policy.top, final_BRD, mb.tokens_BT, c.temperature, entropy_gradient=c.entropy_coef != 0
+        )
         total, metrics = losses.ppo_loss(
             logp_BR,
             read_value(policy.value, final_BRD),

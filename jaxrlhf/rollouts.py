@@ -44,15 +44,26 @@ def final_states(
     arch: model.Architecture, top: Top, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array, responses: int
 ) -> jax.Array:
     """Final hidden states [B, R, D] from which the last `responses` tokens are predicted, from the trunk's output."""
-    return model.run_top(arch, top, token_BT, hidden_BTD, mask_BT)[:, -responses - 1 : -1]
+    return model.run_top(arch, top, token_BT, hidden_BTD, mask_BT, lambda x: x[:, -responses - 1 : -1])
 
 
 def read(
-    arch: model.Architecture, frozen: Frozen, top: Top, final_BRD: jax.Array, token_BT: jax.Array, temperature: float
+    arch: model.Architecture,
+    frozen: Frozen,
+    top: Top,
+    final_BRD: jax.Array,
+    token_BT: jax.Array,
+    temperature: float,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy [B, R] at the last R tokens, from `final_states`."""
-    logits_BRV = model.logits(arch, frozen, top, final_BRD)
-    return losses.token_logp(logits_BRV, token_BT[:, -final_BRD.shape[1] :], temperature)
+    """Log-probability and entropy [B, R] at the last R tokens, from `final_states`.
+
+    Without `entropy_gradient` the entropy may have none, which spares holding the logits.
+    """
+    logits, target_BR = partial(model.logits, arch, frozen, top), token_BT[:, -final_BRD.shape[1] :]
+    if frozen.embed and not entropy_gradient:
+        return losses.head_logp(logits, final_BRD, target_BR, temperature)
+    return losses.token_logp(logits(final_BRD), target_BR, temperature)
 
 
 @partial(jax.jit, static_argnames=("arch", "responses", "temperature"))

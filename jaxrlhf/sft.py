@@ -18,9 +18,12 @@ from jaxrlhf.types import Frozen, SftBatch, Top, TrainState
 def loss(arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted cross-entropy of each token given those before it."""
     hidden_BTD = jax.lax.stop_gradient(model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT))
-    final_BTD = model.run_top(arch, top, batch.tokens_BT, hidden_BTD, batch.mask_BT)
-    logits_BTV = model.logits(arch, frozen, top, final_BTD[:, :-1])
-    logp_BT, _ = losses.token_logp(logits_BTV, batch.tokens_BT[:, 1:])
+    final_BTD = model.run_top(arch, top, batch.tokens_BT, hidden_BTD, batch.mask_BT)[:, :-1]
+    logits, target_BT = partial(model.logits, arch, frozen, top), batch.tokens_BT[:, 1:]
+    if frozen.embed:
+        logp_BT, _ = losses.head_logp(logits, final_BTD, target_BT)
+    else:
+        logp_BT, _ = losses.token_logp(logits(final_BTD), target_BT)
     return losses.sft_loss(logp_BT, batch.weight_BT[:, 1:])
 
 

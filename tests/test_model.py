@@ -154,6 +154,40 @@ def test_each_layer_sees_its_window_wherever_the_model_is_split(freeze_layers):
         assert np.flatnonzero(moved_T).tolist() == [i for i in range(T) if t <= i < t + 3]
 
 
+@pytest.mark.parametrize(
+    ("family", "freeze_layers", "options"),
+    [
+        ("gemma2", 0.0, {"windows": (0, 2)}),
+        ("gpt_neox", 1.0, {}),
+        ("opt", 0.5, {"norm_place": "post", "final_norm": False}),
+    ],
+)
+def test_picked_positions_have_the_states_and_gradients_of_whole_sequences(family, freeze_layers, options):
+    """The last block's keys and values are of all positions, its queries and the rest of the picked ones alone."""
+    arch = architecture(family, layers=2, **options)
+    frozen, top = split(random_params(arch), freeze_layers)
+    rng = np.random.default_rng(7)
+    token_BT = jnp.asarray(rng.integers(0, 19, (3, T)), jnp.int32)
+    mask_BT = jnp.asarray([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0]], jnp.float32)
+    weight_BQD = jnp.asarray(rng.normal(size=(3, 2, arch.width)), jnp.float32)
+    rows, columns = np.array([[0], [1], [2]]), np.array([[2, 6], [4, 4], [5, 1]])
+
+    @partial(jax.jit, static_argnames=("early",))
+    @partial(jax.value_and_grad, has_aux=True)
+    def picked(top, early):
+        hidden_BTD = model.trunk(arch, frozen, token_BT, mask_BT)
+        pick = lambda x: x[rows, columns]  # noqa: E731
+        final_BQD = model.run_top(arch, top, token_BT, hidden_BTD, mask_BT, pick if early else None)
+        final_BQD = final_BQD if early else pick(final_BQD)
+        return (final_BQD * weight_BQD).sum(), final_BQD
+
+    (_, wanted_BQD), wanted = picked(top, early=False)
+    (_, found_BQD), found = picked(top, early=True)
+    assert np.allclose(found_BQD, wanted_BQD, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.allclose(a, b, atol=1e-4 * max(1, np.abs(b).max(initial=0)))
+
+
 def test_soft_caps_by_hand():
     assert np.allclose(model.softcap(jnp.asarray([-1e9, 0.0, 1.5]), 3.0), [-3, 0, 3 * np.tanh(0.5)])
     assert model.softcap(1e9, 0.0) == 1e9  # pyright: ignore

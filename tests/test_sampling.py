@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxrlhf import model
+from jaxrlhf import model, sampling
 from jaxrlhf.sampling import Generation, sample, warp
 from jaxrlhf.split import split
 
@@ -151,6 +151,21 @@ def test_first_tokens_are_drawn_with_the_models_probabilities():
         expected = np.append(p_V[common], p_V[~common].sum() + 1e-9 / 4000) * 4000
         assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
         assert stats.chisquare(np.roll(seen_V, 1) + 1e-9, p_V / p_V.sum() * (seen_V + 1e-9).sum()).pvalue < 1e-4
+
+
+def test_draws_are_those_of_jax_random_categorical_and_ended_rows_draw_nothing():
+    logits_MV = jnp.asarray(np.random.default_rng(3).normal(0, 2, (64, 23)), jnp.float32)
+    gen, key = Generation(max_tokens=4, temperature=0.7, top_k=9, eos_id=EOS, pad_id=PAD), jax.random.key(8)
+    done_M = jnp.arange(64) % 5 == 0
+    empty_MR = jnp.zeros((64, 4), jnp.float32)
+    before = sampling._Decoding(
+        jnp.int32(2), done_M * 0, done_M, empty_MR.astype(jnp.int32), empty_MR, empty_MR, logits_MV, [], key
+    )
+    found = sampling._draw(gen, before)
+    wanted_M = jax.random.categorical(jax.random.fold_in(key, 2), warp(logits_MV, gen), axis=-1)
+    assert len(set(wanted_M.tolist())) > 10
+    assert found.tokens_MR[:, 2].tolist() == jnp.where(done_M, PAD, wanted_M).tolist()
+    assert found.mask_MR[:, 2].tolist() == (~done_M).tolist()
 
 
 def test_tokens_outside_top_k_are_never_drawn_and_logp_is_renormalised():

@@ -1,0 +1,1 @@
+"""How fast the steps are, beside their peers and beside the arithmetic that they cannot do without."""

@@ -1,0 +1,85 @@
+"""The arithmetic of a step: what its program does, and the least that the step can do without.
+
+In floating-point operations of matrix products, an addition and a multiplication each: all else is a few per cent. The
+least counts padded widths, as they are the batch that a step is given, keys and queries that causal attention needs,
+and no gradient of what is frozen. A scorer that runs the trunk again after the sampler is part of PPO's least: it is
+what makes the sampler checkable.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax.extend import core
+
+from jaxrlhf import model
+from jaxrlhf.bench.work import Work
+
+
+def of_program(traced: Any, turns: int = 1) -> int:
+    """Of a traced function; a `while` loop, whose turns no program knows, counts `turns` times."""
+    return _count(traced.jaxpr.jaxpr, turns)
+
+
+def _count(jaxpr: Any, turns: int) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        times = {"scan": equation.params.get("length"), "while": turns}.get(equation.primitive.name, 1)
+        total += times * sum(_count(inner, turns) for inner in core.jaxprs_in_params(equation.params))
+    return total
+
+
+def least(work: Work, arch: model.Architecture) -> int:
+    """Of one step of `work`."""
+    e = work.experiment
+    k = int(e.model.freeze_layers * arch.layers)
+    P, R, T = e.model.prompt_length, e.model.response_length, work.row_length
+    if work.step == "sample":
+        return _sampled(arch, e.sampling.batch_size, e.sampling.samples_per_prompt, P, R)
+    if work.step == "sft":
+        B, frozen_head = e.sft.batch_size, e.model.freeze_layers > 0
+        trunk = k * _block(arch, B, T)
+        return trunk + _trained(arch, k, B, T, T) + (2 if frozen_head else 3) * _head(arch, B * (T - 1))
+    if work.step == "reward":
+        B = 2 * e.reward.batch_size
+        return k * _block(arch, B, T) + _trained(arch, k, B, T, 1)
+    B, T = e.ppo.batch_size, P + R
+    top = _blocks(arch, arch.layers - k, B, T, R)
+    scored = k * _block(arch, B, T) + 2 * (top + _head(arch, B * R)) + _blocks(arch, arch.layers - k, B, T, 1)
+    learnt = e.ppo.epochs * (_trained(arch, k, B, T, R) + (2 if k else 3) * _head(arch, B * R))
+    return _sampled(arch, B, 1, P, R) + scored + learnt
+
+
+def _sampled(arch: model.Architecture, B: int, N: int, P: int, R: int) -> int:
+    """Prompts once, and each token but the last fed back once."""
+    fed = sum(arch.layers * _block(arch, B * N, 1, keys=P + i + 1) for i in range(R - 1))
+    return _blocks(arch, arch.layers, B, P, 1) + fed + _head(arch, B + B * N * (R - 1))
+
+
+def _blocks(arch: model.Architecture, layers: int, B: int, T: int, wanted: int) -> int:
+    """Forward, where only the last `wanted` positions' final states are asked for."""
+    return (layers - 1) * _block(arch, B, T) + _block(arch, B, T, wanted) if layers else 0
+
+
+def _trained(arch: model.Architecture, k: int, B: int, T: int, wanted: int) -> int:
+    """Forward and backward of the blocks above `k`; the lowest has no gradient to hand down, but to embeddings."""
+    all_three = 3 * _blocks(arch, arch.layers - k, B, T, wanted)
+    return all_three - (2 * B * T * arch.width * arch.head_width * (arch.heads + 2 * arch.kv_heads) if k else 0)
+
+
+def _block(arch: model.Architecture, B: int, T: int, queries: int = 0, keys: int = 0) -> int:
+    """Of B rows' T tokens, the last `queries` of which (0 = all) are asked for; they see `keys`, or those before."""
+    Q = queries or T
+    D, inner, outer = arch.width, arch.heads * arch.head_width, arch.kv_heads * arch.head_width
+    pairs = keys or sum(range(T - Q + 1, T + 1))
+    each = 2 * D * inner + (3 if arch.gated else 2) * D * arch.ff_width
+    return 2 * B * (Q * each + T * 2 * D * outer + 2 * pairs * inner)
+
+
+def _head(arch: model.Architecture, tokens: int) -> int:
+    return 2 * tokens * arch.vocab_size * arch.token_width

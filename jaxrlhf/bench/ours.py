@@ -1,0 +1,187 @@
+"""Our steps at given sizes, with random weights: what a process of `jaxrlhf bench` runs."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import experiment, model, optim, ppo, reward, sampling, sft, sharding
+from jaxrlhf.bench import floor
+from jaxrlhf.bench.work import TEXTS, WORDS, Work, over, serve
+from jaxrlhf.data import task
+from jaxrlhf.evaluation.diversity import of_texts
+from jaxrlhf.evaluation.statistics import blocks
+from jaxrlhf.files import UserError
+from jaxrlhf.logs import say
+from jaxrlhf.split import split
+from jaxrlhf.types import ActorCritic, Fixed, Frozen, PairBatch, PromptBatch, ScalarHead, Scorer, SftBatch, Top
+
+NO_TOKEN = -1  # as end-of-text: every response has its full length
+
+
+def main(argv: list[str]) -> int:
+    """Serves one piece of work, as JSON in `argv`; exit status 2 and a line where it cannot be done."""
+    try:
+        work = Work.read(argv[1])
+        if work.step == "diversity":
+            serve({"device": "cpu"}, over(_diversity(work)))
+            return 0
+        arch, mesh = architecture(work), sharding.make_mesh(work.experiment.mesh)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    frozen, top = split(
+        jax.jit(model.init, static_argnums=0)(arch, jax.random.key(0)), work.experiment.model.freeze_layers
+    )
+    frozen, top = sharding.place(frozen, mesh), sharding.place(top, mesh)
+    with jax.set_mesh(mesh):
+        flops, once = PROGRAMS[work.step](work, arch, frozen, top)
+        facts = {"flops": flops, "least_flops": floor.least(work, arch), "peak_flops_per_second": _peak(arch.dtype)}
+        serve(facts | {"device": jax.devices()[0].device_kind}, over(once))
+    return 0
+
+
+def architecture(work: Work) -> model.Architecture:
+    """The decoder; the task is loaded only where its tokenizer decides on the vocabulary."""
+    if work.vocab_size:
+        return experiment.architecture(work.experiment, work.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        data = task.load(work.experiment, Path(folder), say)
+        return experiment.Run(work.experiment, Path(folder), data, "bench").arch
+
+
+def _peak(dtype: str, repeats: int = 5) -> float:
+    """The most operations a second that a matrix product reaches on the devices; a CPU second where CPUs compute."""
+    cpu = jax.default_backend() == "cpu"
+    clock, size = (time.process_time, 1024) if cpu else (time.perf_counter, 8192)
+    a = jnp.ones((size, size), dtype)
+    multiply = jax.jit(jnp.matmul)
+    best = np.inf
+    for _ in range(repeats + 1):
+        started = clock()
+        multiply(a, a).block_until_ready()
+        best = min(best, clock() - started)
+    return 2 * size**3 / best * (1 if cpu else jax.device_count())
+
+
+def _diversity(work: Work) -> Callable[[], object]:
+    """All text metrics, in both scopes, of words that are as unevenly common as a language's (Zipf's law)."""
+    rng, samples = np.random.default_rng(0), work.experiment.sampling.samples_per_prompt
+    cumulative_V = np.cumsum(1 / np.arange(1, 20_001))
+
+    def text() -> str:
+        drawn = cumulative_V.searchsorted(rng.random(rng.integers(WORDS // 2, 3 * WORDS // 2 + 1)) * cumulative_V[-1])
+        return " ".join(f"w{i}" for i in drawn)
+
+    texts_BN = [[text() for _ in range(samples)] for _ in range(TEXTS)]
+    return lambda: of_texts(texts_BN, blocks(np.arange(TEXTS)), paper_compat=False)
+
+
+def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
+    c = work.experiment.sampling
+    prompts = _prompts(c.batch_size, work, arch)
+    gen = sampling.Generation(
+        work.experiment.model.response_length, c.temperature, top_k=c.top_k, top_p=c.top_p, eos_id=NO_TOKEN
+    )
+    arguments = (arch, gen, frozen, top, prompts.tokens_BP, prompts.mask_BP, jax.random.key(1), c.samples_per_prompt)
+    flops = floor.of_program(sampling.sample.trace(*arguments), gen.max_tokens - 1)
+    return flops, lambda: _done(sampling.sample(*arguments))
+
+
+def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
+    c = work.experiment.sft
+    token_BT = _tokens((c.batch_size, work.row_length), arch)
+    mask_BT = jnp.ones(token_BT.shape, jnp.float32)
+    batch = sharding.shard_batch(SftBatch(tokens_BT=token_BT, mask_BT=mask_BT, weight_BT=mask_BT), _mesh(work))
+    tx = optim.optimizer(c.optim, 1000)
+    return _steps(sft.step, arch, tx, optim.new_state(tx, top, _mesh(work)), frozen, batch)
+
+
+def _reward(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
+    c = work.experiment.reward
+    token_BT = _tokens((2 * c.batch_size, work.row_length), arch)
+    mask_BT = jnp.ones(token_BT.shape, jnp.float32)
+    batch = sharding.shard_batch(PairBatch(tokens_BT=token_BT, mask_BT=mask_BT, weight_BT=mask_BT), _mesh(work))
+    tx = optim.optimizer(c.optim, 1000)
+    state = optim.new_state(tx, Scorer(top=top, head=_head(arch, 2)), _mesh(work))
+    return _steps(reward.step, arch, tx, state, frozen, batch)
+
+
+def _steps(step: Any, arch: model.Architecture, tx: Any, state: Any, *given: Any) -> tuple[int, Callable[[], None]]:
+    flops = floor.of_program(step.trace(arch, tx, state, *given))
+    held = [state]
+
+    def once() -> None:
+        held[0], _ = step(arch, tx, held[0], *given)
+        _done(held[0])
+
+    return flops, once
+
+
+def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
+    c = work.experiment.ppo
+    prompts = _prompts(c.batch_size, work, arch)
+    gen = sampling.Generation(work.experiment.model.response_length, c.temperature, eos_id=NO_TOKEN)
+    fixed = Fixed(frozen=frozen, ref=top, scorer=Scorer(top=jax.tree.map(jnp.copy, top), head=_head(arch, 2)))
+    tx = optim.optimizer(c.optim, 1000)
+    start = ActorCritic(top=top, value=_head(arch, 3))
+    held = [optim.new_state(tx, start, _mesh(work), kl_coef=jnp.float32(c.kl_coef))]
+    key = jax.random.key(4)
+
+    def drawing(state: Any) -> tuple:
+        return arch, gen, frozen, state.params.top, prompts.tokens_BP, prompts.mask_BP, key
+
+    def once() -> None:
+        drawn = sampling.sample(*drawing(held[0]))
+        rollout, _ = ppo.score(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, drawn)
+        held[0], _ = ppo.update(arch, tx, c, held[0], fixed, rollout, key)
+        _done(held[0])
+
+    drawn = jax.eval_shape(lambda state: sampling.sample(*drawing(state)), held[0])
+    scoring = ppo.score.trace(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, drawn)
+    rollout = scoring.out_info[0]
+    flops = floor.of_program(sampling.sample.trace(*drawing(held[0])), gen.max_tokens - 1)
+    flops += floor.of_program(scoring) + floor.of_program(ppo.update.trace(arch, tx, c, held[0], fixed, rollout, key))
+    return flops, once
+
+
+def _done(tree: Any) -> None:
+    jax.block_until_ready(tree)
+
+
+def _mesh(work: Work) -> Any:
+    return sharding.make_mesh(work.experiment.mesh)
+
+
+def _head(arch: model.Architecture, seed: int) -> ScalarHead:
+    w_D = jax.random.normal(jax.random.key(seed), (arch.width,), jnp.float32) * arch.width**-0.5
+    return ScalarHead(w_D=w_D, b=jnp.zeros((), jnp.float32))
+
+
+def _tokens(shape: tuple[int, int], arch: model.Architecture) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(0, arch.vocab_size, shape), jnp.int32)
+
+
+def _prompts(count: int, work: Work, arch: model.Architecture) -> PromptBatch:
+    """Left-padded prompts of half the length to all of it, as the peers have them."""
+    P = work.experiment.model.prompt_length
+    real_B = np.random.default_rng(1).integers(P // 2, P + 1, count)
+    mask_BP = (np.arange(P) >= P - real_B[:, None]).astype(np.float32)
+    batch = PromptBatch(
+        tokens_BP=_tokens((count, P), arch), mask_BP=jnp.asarray(mask_BP), index_B=jnp.arange(count, dtype=jnp.int32)
+    )
+    return sharding.shard_batch(batch, _mesh(work))
+
+
+PROGRAMS = {"sample": _sample, "sft": _sft, "reward": _reward, "ppo": _ppo}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,131 @@
+"""What is measured, and how: a process a side, which warms up and then runs once each time that it is told to.
+
+Both sides stay alive and take turns, so that they share the machine's noise. Neither JAX nor torch is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxrlhf.config import Experiment, Model, Ppo, Reward, Sampling, Sft, build
+from jaxrlhf.files import UserError
+
+STEPS = ("sample", "sft", "reward", "ppo", "diversity")
+TEXTS, WORDS = 500, 40  # prompts whose responses `diversity` measures, and the mean length of one
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step to measure."""
+
+    step: str  # of STEPS
+    experiment: Experiment
+    vocab_size: int = 0  # 0 = what the experiment's tokenizer has
+    length: int = 0  # tokens of a row of SFT and of the reward model; 0 = prompt and response
+
+    @staticmethod
+    def read(text: str) -> Work:
+        """From the JSON that `str` gives."""
+        values = json.loads(text)
+        return Work(**values | {"experiment": build(Experiment, values["experiment"], "config")})
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of SFT and of the reward model."""
+        c = self.experiment.model
+        return self.length or c.prompt_length + c.response_length
+
+    @property
+    def tokens(self) -> int:
+        """What a step's tokens a second count: new ones where it samples, else all that it reads; words of texts."""
+        e = self.experiment
+        return {
+            "sample": e.sampling.batch_size * e.sampling.samples_per_prompt * e.model.response_length,
+            "sft": e.sft.batch_size * self.row_length,
+            "reward": 2 * e.reward.batch_size * self.row_length,
+            "ppo": e.ppo.batch_size * e.model.response_length,
+            "diversity": TEXTS * e.sampling.samples_per_prompt * WORDS,
+        }[self.step]
+
+
+def of_recipe(step: str, experiment: Experiment) -> Work:
+    """A step of a recipe's own; `UserError` where its reward model is not one of one member on the shared trunk."""
+    reward = experiment.reward
+    if step in ("reward", "ppo") and (reward.ensemble > 1 or reward.init):
+        key = f"ensemble={reward.ensemble}" if reward.ensemble > 1 else f"init={reward.init!r}"
+        raise UserError(f"config.reward.{key}: bench measures one reward model that is trained here")
+    return Work(step, experiment)
+
+
+def of_shape(step: str, shape: str, freeze_layers: float) -> Work:
+    """A step of an OPT with random weights, at sizes that published models and papers have."""
+    layers, width, heads, vocab_size = SHAPES[shape]
+    model = Model(
+        family="opt",
+        layers=layers,
+        width=width,
+        heads=heads,
+        ff_width=4 * width,
+        prompt_length=128,
+        response_length=48,
+        freeze_layers=freeze_layers,
+    )
+    experiment = Experiment(
+        name=shape,
+        model=model,
+        sft=Sft(batch_size=16),
+        reward=Reward(batch_size=8),
+        ppo=Ppo(batch_size=64, epochs=4, minibatches=4),
+        sampling=Sampling(batch_size=8, samples_per_prompt=16),
+    )
+    return Work(step, experiment, vocab_size, length=256)
+
+
+# Layers, width, heads, vocabulary.
+SHAPES = {"tiny": (4, 128, 4, 1024), "small": (8, 512, 8, 8192), "opt125m": (12, 768, 12, 50272)}
+
+
+def serve(facts: Mapping[str, Any], run: Callable[[Callable[[], bool]], None]) -> None:
+    """The measured side: `run(again)` does the work over and over, until `again()` says that it was the last.
+
+    `facts` go out first, then a line for each time, the first of which is the warm-up, and the peak memory at the end.
+    """
+    # What libraries print must not come between the lines that are read at the other end.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    channel.write(json.dumps(facts) + "\n")
+    started = time.perf_counter(), time.process_time()
+
+    def again() -> bool:
+        nonlocal started
+        seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+        channel.write(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}) + "\n")
+        go = bool(sys.stdin.readline().strip())
+        started = time.perf_counter(), time.process_time()
+        return go
+
+    run(again)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    channel.write(json.dumps({"peak_memory": peak}) + "\n")
+    channel.close()
+
+
+def over(once: Callable[[], Any]) -> Callable[[Callable[[], bool]], None]:
+    """`once` as `serve` runs it."""
+
+    def run(again: Callable[[], bool]) -> None:
+        once()
+        while again():
+            once()
+
+    return run
