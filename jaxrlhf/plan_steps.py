@@ -170,7 +170,8 @@ def _reward(base: _Base) -> Iterator[Row]:
     c = base.config.reward
     base.check("reward", c.batch_size, c.optim.accumulate)
     tx = optim.optimizer(c.optim, c.loop.steps)
-    state = base.state(tx if c.ensemble == 1 else optim.of_each(tx), base.scorer)
+    tx = tx if c.ensemble == 1 else optim.of_each(tx)
+    state = base.state(tx, base.scorer)
     shape = (2 * c.batch_size * c.ensemble, base.length)
     batch = PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
     parts = _parts(base, state) | {"batch": batch, "held": base.top}
