@@ -142,7 +142,7 @@ def gone(error: Exception) -> str:
     if not (together() and any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE"))):
         return ""
     missing = _wait("jaxrlhf/gone", ANSWER)
-    return f"{missing}; the same command goes on" if missing else ""
+    return f"{missing} ({str(error).splitlines()[0]}); the same command goes on" if missing else ""
 
 
 def _wait(place: str, seconds: float) -> str:
