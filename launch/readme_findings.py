@@ -80,7 +80,7 @@ def _table(first: str, columns: Any, rows: Any) -> Iterator[str]:
 
 def _claim(c: dict[str, Any]) -> str:
     measured = "; ".join(f"{name} {estimate(e)}" for name, e in c["measured"].items())
-    return f"- **{c['verdict']}**: {c['claim']}. {c['number']}: {measured}."
+    return f"- **{c['verdict']}**: {c['claim']}. {c['number'][0].upper()}{c['number'][1:]}: {measured}."
 
 
 def _equal(found: Found) -> Iterator[str]:
