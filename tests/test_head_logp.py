@@ -1,5 +1,7 @@
 """Log-probabilities read off a frozen head a few positions at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,8 +51,10 @@ def test_a_rollout_is_read_as_by_its_logits_whoever_owns_the_head(freeze_layers)
         **model.FAMILIES["llama"],
         vocab_size=13, layers=2, width=8, heads=2, kv_heads=1, head_width=4, ff_width=12, max_positions=16,
     )  # fmt: skip
-    frozen, top = split(model.init(arch, jax.random.key(5)), freeze_layers)
     rng, R = np.random.default_rng(1), 3
+    shapes = jax.eval_shape(partial(model.init, arch), jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.35, x.shape), jnp.float32), shapes)
+    frozen, top = split(params, freeze_layers)
     token_BT = jnp.asarray(rng.integers(0, 13, (2, 7)), jnp.int32)
     mask_BT = jnp.asarray([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], jnp.float32)
     weight_BR, other_BR = (jnp.asarray(rng.normal(size=(2, R)), jnp.float32) for _ in range(2))
