@@ -1,6 +1,6 @@
 """The paper's findings on the embedded world, over 5 seeds: SFT, best-of-N, PPO, DPO, GRPO, and a sweep of PPO's KL.
 
-    jaxrlhf run --config=configs/findings.py --workdir=runs/findings              # about 75 minutes on 2 CPU cores
+    jaxrlhf run --config=configs/findings.py --workdir=runs/findings              # about 70 minutes on 2 CPU cores
     jaxrlhf run --config=configs/findings.py:smoke --workdir=runs/findings-smoke  # 2 seeds, numbers mean nothing
 
 A seed is a world, its texts, its annotators, and every stage of its own; only the base model is one. The report says of
