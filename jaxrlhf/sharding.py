@@ -88,6 +88,8 @@ def rows(mesh: DeviceMesh) -> NamedSharding:
 def shard_batch(tree: Tree, mesh: DeviceMesh) -> Tree:
     """Puts a batch that every process has whole on the mesh, its leading axis divided over data x fsdp."""
     where = rows(mesh)
+    if where.is_fully_addressable:
+        return jax.device_put(tree, where)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__), tree)
 
 
