@@ -103,7 +103,7 @@ def _dispatch(argv: list[str]) -> None:
     if command in ("help", "-h", "--help", "--helpfull"):
         print(USAGE, end="")
         return
-    others = {"import": _import, "export": _export, "plan": _plan}
+    others = {"import": _import, "export": _export, "plan": _plan, "bench": _bench}
     if command not in ("run", *STAGES, *others):
         raise UserError(f"{command!r} is no command; known are {', '.join(('run', *STAGES, *others))}")
     rest = [argv[0], *argv[2:]]
