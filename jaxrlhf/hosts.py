@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src import distributed  # JAX has no public name for its key-value store
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf.files import Failure, UserError
 
@@ -63,6 +66,17 @@ def start(seconds: float = SECONDS) -> None:
         raise UserError(
             f"this is one of {jax.process_count()} hosts; set JAXRLHF_HOSTS=auto on each, as launch/tpu_pod.sh does"
         )
+    if together() and jax.default_backend() == "cpu":
+        _greet(seconds)
+
+
+def _greet(seconds: float) -> None:
+    """Gloo lets processes be 30 s apart at their first collective, and as long as they like afterwards: has it now."""
+    barrier("the start", seconds)
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    each = NamedSharding(mesh, PartitionSpec("all"))
+    ones = jax.make_array_from_callback((mesh.size,), each, lambda _: np.ones(1, np.float32))
+    jax.jit(jnp.sum)(ones).block_until_ready()
 
 
 def _meet(address: str, count: int, index: int, seconds: float) -> None:

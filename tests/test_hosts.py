@@ -229,6 +229,18 @@ def test_who_is_killed_is_named(agreed):
     assert "[process 1] ended by SIGKILL\n" in agreed[1].stderr
 
 
+@pytest.mark.slow
+def test_processes_may_be_apart_at_a_collective():
+    """For longer than Gloo waits at the first one: one has its programs from a cache, the other compiles."""
+    program = (
+        "from jaxrlhf import hosts; hosts.start()\n"
+        "import jax, time; from jax.experimental import multihost_utils\n"
+        "time.sleep(35 * jax.process_index())\n"
+        "print(multihost_utils.process_allgather(jax.numpy.float32(jax.process_index() + 0.5)).tolist())"
+    )
+    assert finish(local(2, sys.executable, "-c", program)).stdout.splitlines()[-1] == "[0.5, 1.5]"
+
+
 def test_batches_are_those_of_grain():
     """A batch made row by row is the batch that Grain cuts from the shuffled epochs."""
     records = [{"id": str(i)} for i in range(7)]
