@@ -72,7 +72,10 @@ class _Base:
         self.frozen = self.lying(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, arch.dtype), frozen))
         self.top = self.lying(top)
         head = ScalarHead(w_D=jax.ShapeDtypeStruct((arch.width,), jnp.float32), b=jax.ShapeDtypeStruct((), jnp.float32))  # pyright: ignore[reportArgumentType]
-        self.scorer, self.actor = _members(Scorer(top=self.top, head=head), config), ActorCritic(self.top, value=head)
+        self.scorer, self.actor = (
+            _members(Scorer(top=self.top, head=head), config),
+            ActorCritic(top=self.top, value=head),
+        )
         self.scorer, self.actor = self.lying(self.scorer), self.lying(self.actor)
         c = config.model
         self.length = c.prompt_length + c.response_length

@@ -110,9 +110,9 @@ def shard_step(stream: Batches[Tree], step: int, mesh: DeviceMesh) -> Tree:
     return jax.tree.map(put, stream.part(step, own))
 
 
-def to_host(x: jax.Array) -> np.ndarray:
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array, on every host."""
-    if x.is_fully_addressable or x.is_fully_replicated:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 

@@ -83,10 +83,14 @@ class Ensemble:
 
 @struct.dataclass
 class ActorCritic:
-    """PPO's policy, and the value read off the same top."""
+    """PPO's policy, and the value read off the same top.
 
-    top: Top
+    The value comes first: JAX 0.10 takes trees of two dataclasses for equal where their children are alike, and a cache
+    within Adam, which the reward model's training fills, then gave PPO's update a `Scorer` now and then.
+    """
+
     value: ScalarHead
+    top: Top
 
 
 @struct.dataclass

@@ -7,6 +7,7 @@ import pytest
 from jaxrlhf import optim, sharding
 from jaxrlhf.config import Mesh, Optim
 from jaxrlhf.files import UserError
+from jaxrlhf.types import ActorCritic, ScalarHead, Scorer
 
 
 def rates(steps, **changes):
@@ -104,3 +105,10 @@ def test_after_three_in_a_row_nothing_changes_any_more():
         counts.append((int(state.skipped), int(state.in_a_row)))
     assert counts == [(1, 1), (2, 2), (3, 3), (4, 4)]
     assert np.array_equal(state.params["w_D"], start["w_D"])
+
+
+def test_trees_that_are_trained_are_told_apart():
+    """JAX compares dataclasses by their children alone, and a cache that takes two for one gives the other's type."""
+    head = ScalarHead(w_D=jnp.zeros(3), b=jnp.zeros(()))
+    scorer, actor = Scorer(top={"x": jnp.ones(2)}, head=head), ActorCritic(top={"x": jnp.ones(2)}, value=head)
+    assert jax.tree.structure(scorer) != jax.tree.structure(actor)

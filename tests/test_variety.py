@@ -35,7 +35,7 @@ def test_cutting_takes_length_out_of_a_comparison():
 
     measured, cuts = measure({"short": texts(30), "long": texts(60)})
     assert cuts["long"]["all"] == {"words": 30, "reached": 1.0}
-    told = differences(measured["long"]["all"], measured["short"]["all"], 100)["diversity"]["across_input"]
+    told = differences([(measured["long"]["all"], measured["short"]["all"])], 100)[0]["diversity"]["across_input"]
     assert told["distinct"]["high"] < 0
     assert told["ead"]["low"] > 0
     assert told["distinct_cut"]["low"] < 0 < told["distinct_cut"]["high"]

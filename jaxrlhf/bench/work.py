@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import Experiment, Model, Ppo, Reward, Sampling, Sft, build
@@ -115,9 +116,16 @@ def serve(facts: Mapping[str, Any], run: Callable[[Callable[[], bool]], None]) -
         return go
 
     run(again)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    channel.write(json.dumps({"peak_memory": peak}) + "\n")
+    channel.write(json.dumps({"peak_memory": _peak()}) + "\n")
     channel.close()
+
+
+def _peak() -> int:
+    """Bytes. Linux's ru_maxrss would count the process that started this one, where it was larger."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def over(once: Callable[[], Any]) -> Callable[[Callable[[], bool]], None]:
