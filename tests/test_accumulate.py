@@ -100,6 +100,7 @@ def temporary_bytes(remat: str) -> tuple[int, jax.Array]:
     return compiled.memory_analysis().temp_size_in_bytes, compiled(top)
 
 
+@pytest.mark.slow
 def test_less_kept_is_less_memory_and_the_same_gradient():
     size, wanted = temporary_bytes("none")
     for remat in ("dots", "dots_no_batch", "full"):

@@ -86,7 +86,7 @@ def close(a, b, tolerance=2e-5):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), a, b)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 def test_log_ratios_are_those_of_whole_responses_read_without_padding(drawn, temperature):
     prompts, found = drawn
     token_BT = jnp.concatenate([prompts.tokens_BP, found.tokens_BR], 1)

@@ -82,6 +82,7 @@ def trained_bytes() -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, rank in sizes if rank > 2)
 
 
+@pytest.mark.slow
 @compiles
 def test_every_step_of_a_small_recipe(capsys):
     steps = planned(capsys, "--config.mesh.data=1", "--config.mesh.fsdp=4")
@@ -103,6 +104,7 @@ def test_every_step_of_a_small_recipe(capsys):
     assert steps["ppo update"]["parts"]["held"] > 2 * sft["parts"]["held"]  # reference and reward model
 
 
+@pytest.mark.slow
 @compiles
 def test_other_methods_and_an_ensemble(capsys):
     """Group methods have no value, so their optimizer is DPO's; a member more is a top more, and its optimizer's."""
@@ -127,6 +129,7 @@ def test_data_parallel_steps_add_up_gradients_and_gather_nothing(capsys):
     assert sft["traffic"]["sent"]["all-reduce"] == pytest.approx(2 * whole * 3 / 4, rel=0.1)
 
 
+@pytest.mark.slow
 @compiles
 def test_what_does_not_fit_says_so(capsys):
     small = ("--stages=sft", "--config.mesh.fsdp=4", "--config.mesh.data=1")
