@@ -108,6 +108,7 @@ def same_run(ours, theirs):
         assert (ours / split.relative_to(theirs)).read_bytes() == split.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_and_go_on_as_one(tmp_path):
     """At the end, and from what two of them saved after two steps of PPO."""
     workdirs = one, two = tmp_path / "one", tmp_path / "two"

@@ -25,6 +25,7 @@ ARGV = [
     "--config.evaluation.bootstrap=50",
 ]
 METHODS = ("dpo", "rloo", "grpo")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
