@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import IO
 
 TAIL = 30  # lines
-GRACE = 15.0  # seconds that the others have to end as well, or to say who is missing
+GRACE = 10.0  # seconds that the others have to end as well, or to say who is missing
 
 
 def main(argv: list[str]) -> int:

@@ -86,6 +86,9 @@ def same_metrics(ours, theirs, stages=TRAINED):
         a, b = (lines(w / stage / "metrics.jsonl") for w in (ours, theirs))
         assert [r.keys() for r in a] == [r.keys() for r in b]
         for x, y in zip(a, b, strict=True):
+            for name in [n for n in x if n.endswith("clip_fraction")]:
+                # Counts what passes a threshold: rounding moves it by one item of a minibatch.
+                assert x.pop(name) == pytest.approx(y.pop(name), abs=0.02)
             assert x == pytest.approx(y, rel=1e-5, abs=1e-5)
 
 
