@@ -309,6 +309,7 @@ def test_the_first_to_fail_is_told_and_the_others_ended(tmp_path):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_every_process(tmp_path):
     program = (
         "import os, sys, time\n"
