@@ -37,10 +37,15 @@ def main(argv: list[str]) -> int:
         parser.error("-n and --devices-per-process are 1 or more")
     with contextlib.ExitStack() as files:
         logs = [files.enter_context(tempfile.TemporaryFile()) for _ in range(c.n - 1)]
-        processes = _start(c.command, c.n, c.devices_per_process, logs)
+        processes: list[subprocess.Popen] = []
+        # As SIGINT, which is heard between stages as well; JAX has SIGTERM for itself. Before the processes start, who
+        # would ignore SIGINT for ever if this one was started so, as shells start what runs in the background.
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         for number in (signal.SIGINT, signal.SIGTERM):
-            # As SIGINT, which is heard between stages as well; JAX has SIGTERM for itself.
             signal.signal(number, lambda *_: _send(processes, signal.SIGINT))
+        _start(processes, c.command, c.n, c.devices_per_process, logs)
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         failed = _wait(processes)
         if failed is None:
             return 0
@@ -52,7 +57,10 @@ def main(argv: list[str]) -> int:
     return status if status > 0 else 128 - status
 
 
-def _start(command: list[str], count: int, devices: int, logs: Sequence[IO[bytes]]) -> list[subprocess.Popen]:
+def _start(
+    processes: list[subprocess.Popen], command: list[str], count: int, devices: int, logs: Sequence[IO[bytes]]
+) -> None:
+    """Appends each process as it starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -63,13 +71,11 @@ def _start(command: list[str], count: int, devices: int, logs: Sequence[IO[bytes
         "JAX_COORDINATOR_BIND_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),
     }
-    processes = []
     for i in range(count):
         env = os.environ | shared | {"JAX_PROCESS_ID": str(i)}
         out = {"stdout": logs[i - 1], "stderr": subprocess.STDOUT} if i else {}
         # A session of its own, so that Ctrl-C reaches it once: from here.
         processes.append(subprocess.Popen(command, env=env, start_new_session=True, **out))
-    return processes
 
 
 def _wait(processes: list[subprocess.Popen]) -> int | None:

@@ -309,15 +309,20 @@ def test_the_first_to_fail_is_told_and_the_others_ended(tmp_path):
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.slow
-def test_a_signal_reaches_every_process(tmp_path):
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_signal_reaches_every_process(tmp_path, interrupts):
+    """Also where Ctrl-C was ignored when the launcher began, as shells have it of what runs in the background."""
     program = (
         "import os, sys, time\n"
         "try:\n"
         f"    open({str(tmp_path)!r} + '/' + os.environ['JAX_PROCESS_ID'], 'w'); time.sleep(100)\n"
         "except KeyboardInterrupt: print('stopped')"
     )
-    going = subprocess.Popen(local(2, sys.executable, "-c", program), stdout=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, interrupts)
+    try:
+        going = subprocess.Popen(local(2, sys.executable, "-c", program), stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with contextlib.suppress(TimeoutError):
         for _ in range(300):
             if len(list(tmp_path.iterdir())) == 2:
