@@ -21,23 +21,21 @@ from measure_import import write
 
 def prepare(workdir: Path, freeze_layers: float) -> None:
     """A run whose SFT is finished: its config, its tokenizer, and a checkpoint of the base's TOP."""
-    import jax
-    import jax.numpy as jnp
+    import optax
 
-    from jaxrlhf import checkpoint, experiment
+    from jaxrlhf import checkpoint, experiment, optim
     from jaxrlhf.config import Experiment, Model
     from jaxrlhf.data import task, tokens
     from jaxrlhf.files import write_json
-    from jaxrlhf.types import TrainState
 
     tokens.save_files(tokens.bpe_tokenizer(["a text"], 300), workdir / "base")
     config = Experiment(model=Model(init="base", freeze_layers=freeze_layers))
     write_json(workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config))))
     run = experiment.Run(config, workdir, task.Task(task.tokenizer(config, workdir)), "measure")
-    state = TrainState(params=run.base[1], opt_state=(), step=jnp.zeros((), jnp.int32), kl_coef=None)
-    with checkpoint.open_manager(run.directory("sft") / "checkpoints") as manager:
-        checkpoint.save(manager, jax.block_until_ready(state), run.meta)
-    run.finish("sft", {})
+    state = optim.new_state(optax.identity(), run.base[1], run.mesh)
+    with checkpoint.saver(run.directory("sft") / "checkpoints", 1, run.meta("sft")) as save:
+        save(state)
+    run.finish("sft", {"steps": 0})
 
 
 def export(workdir: Path) -> int:
