@@ -99,7 +99,7 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
-    accumulate: int = 1  # micro-batches that a step's batch is worked through in; the same step with less memory
+    accumulate: int = 1  # parts that a step's (mini)batch is worked through in; the same step with less memory
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -15,22 +16,26 @@ from jaxrlhf.config import Dpo
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import mean_estimate
 from jaxrlhf.experiment import Run
-from jaxrlhf.types import Frozen, PairBatch, Top, TrainState
+from jaxrlhf.types import CHOSEN, REJECTED, Frozen, PairBatch, Top, TrainState
 
 
-def response_logp(
+def token_logp(
     arch: model.Architecture,
     frozen: Frozen,
     top: Top,
     token_BT: jax.Array,
     hidden_BTD: jax.Array,
     mask_BT: jax.Array,
-    weight_BT: jax.Array,
 ) -> jax.Array:
-    """Log-probability [B] of each row's response, where `weight_BT` is 1, from the trunk's hidden states."""
-    final_BTD = model.run_top(arch, top, token_BT, hidden_BTD, mask_BT)
-    logits_BTV = model.logits(arch, frozen, top, final_BTD[:, :-1])
-    return losses.sequence_logp(losses.token_logp(logits_BTV, token_BT[:, 1:])[0], weight_BT[:, 1:])
+    """Log-probability [B, T] of each token after those before it in its text, from the trunk's states; 0 of a first."""
+    final_BTD, before_BT = model.run_top(arch, top, token_BT, hidden_BTD, mask_BT), model.before(mask_BT)
+    final_BTD = jnp.take_along_axis(final_BTD, jnp.maximum(before_BT, 0)[..., None], 1)
+    logits = partial(model.logits, arch, frozen, top)
+    if frozen.embed:
+        logp_BT, _ = losses.head_logp(logits, final_BTD, token_BT)
+    else:
+        logp_BT, _ = losses.token_logp(logits(final_BTD), token_BT)
+    return jnp.where(before_BT >= 0, logp_BT, 0.0)
 
 
 def loss(
@@ -38,10 +43,14 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`losses.dpo_loss` of pairs; the trunk runs once for policy and reference."""
     hidden_BTD = model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT)
-    rows = batch.tokens_BT, hidden_BTD, batch.mask_BT, batch.weight_BT
-    chosen_B, rejected_B = response_logp(arch, frozen, top, *rows).reshape(2, -1)
-    ref_chosen_B, ref_rejected_B = jax.lax.stop_gradient(response_logp(arch, frozen, ref, *rows)).reshape(2, -1)
-    return losses.dpo_loss(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, c.beta, c.loss)
+    rows = batch.tokens_BT, hidden_BTD, batch.mask_BT
+
+    def sides(policy: Top) -> tuple[jax.Array, jax.Array]:
+        logp_BT = token_logp(arch, frozen, policy, *rows)
+        chosen_B, rejected_B = (losses.sequence_logp(logp_BT, batch.mask_BT == side) for side in (CHOSEN, REJECTED))
+        return chosen_B, rejected_B
+
+    return losses.dpo_loss(*sides(top), *jax.lax.stop_gradient(sides(ref)), c.beta, c.loss)
 
 
 @partial(jax.jit, static_argnames=("arch", "tx", "c"), donate_argnames=("state",))
@@ -54,9 +63,15 @@ def step(
     ref: Top,
     batch: PairBatch,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on TOP."""
-    grads, metrics = jax.grad(lambda top: loss(arch, c, frozen, ref, top, batch), has_aux=True)(state.params)
-    state, norm = optim.update(tx, metrics["loss"], grads, state)
+    """One optimizer step on TOP, the batch in `c.optim.accumulate` micro-batches."""
+    value, metrics, grads = optim.gradients(
+        lambda top, pairs: loss(arch, c, frozen, ref, top, pairs),
+        state.params,
+        batch,
+        c.optim.accumulate,
+        lambda _: jnp.float32(1),
+    )
+    state, norm = optim.update(tx, value, grads, state)
     state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
     return state, metrics | norm | optim.left_out(state)
 
@@ -64,8 +79,9 @@ def step(
 @partial(jax.jit, static_argnames=("arch",))
 def _log_ratio(arch, frozen, ref, top, batch) -> jax.Array:
     hidden_BTD = model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT)
-    rows = batch.tokens_BT, hidden_BTD, batch.mask_BT, batch.weight_BT
-    return response_logp(arch, frozen, top, *rows) - response_logp(arch, frozen, ref, *rows)
+    rows = batch.tokens_BT, hidden_BTD, batch.mask_BT
+    ratio_BT = token_logp(arch, frozen, top, *rows) - token_logp(arch, frozen, ref, *rows)
+    return losses.sequence_logp(ratio_BT, batch.weight_BT)
 
 
 def implicit_rewards(run: Run, ref: Top, top: Top, records: Sequence, field: str) -> np.ndarray:
@@ -81,7 +97,7 @@ def implicit_rewards(run: Run, ref: Top, top: Top, records: Sequence, field: str
 def dpo(run: Run) -> None:
     """Trains the policy from SFT on the reward model's pairs; reports how it ranks every split's pairs."""
     c = run.config.dpo
-    sharding.check_divides("config.dpo.batch_size", c.batch_size, run.mesh)
+    sharding.check_divides("config.dpo.batch_size", c.batch_size, run.mesh, c.optim.accumulate)
     pairs = reward.preferences(run)
     reward.check_pairs(run, pairs)
     train_batches = batches.pair_batches(

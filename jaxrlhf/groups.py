@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxrlhf import losses, model, optim, rollouts
@@ -70,7 +71,8 @@ def update(
             value, metrics = losses.grpo_loss(logp_BR, mb.logp_BR, mb.ref_logp_BR, mb.advantage_B, mask_BR, c)
         return value, metrics | {"entropy": losses.masked_mean(entropy_BR, mask_BR)}
 
-    return rollouts.epochs(tx, loss, state, rollout, key, 1 if isinstance(c, Rloo) else c.epochs, c.minibatches)
+    once = isinstance(c, Rloo)
+    return rollouts.epochs(tx, loss, lambda _: jnp.float32(1), state, rollout, key, 1 if once else c.epochs, c)
 
 
 def rloo(run: Run) -> None:

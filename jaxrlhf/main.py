@@ -291,15 +291,20 @@ def _bench(argv: list[str]) -> None:
         raise UserError("--shape and --config both say what is measured; give one of them")
     what, shape, repeats = extra[0], str(values["shape"].value), int(str(values["repeats"].value))
 
-    def work(step: str, freeze_layers: float = 0.8) -> Work:
-        return of_shape(step, shape, freeze_layers) if config is None else of_recipe(step, recipes.resolve(config))
+    def work(step: str, freeze_layers: float = 0.8, uneven: bool = False) -> Work:
+        if config is not None:
+            return of_recipe(step, recipes.resolve(config))
+        return of_shape(step, shape, freeze_layers, uneven)
 
     steps = STEPS if what == "all" else (what,) if what != "start" else ()
-    shares = {"sft": (0.8, 0.0), "reward": (0.8, 0.0)} if config is None else {}
-    works = [work(step, k) for step in steps for k in shares.get(step, (0.8,))]
+    trains = ("sft", "reward") if config is None else ()
+    works = []
+    for step in steps:
+        works += [work(step, k, u) for u in (False, True) for k in (0.8, 0.0)] if step in trains else [work(step)]
     found = []
     for w in works:
-        say(f"{w.step}, {w.experiment.name}, {w.experiment.model.freeze_layers:g} frozen")
+        lengths = ", uneven lengths" if w.uneven else ""
+        say(f"{w.step}, {w.experiment.name}, {w.experiment.model.freeze_layers:g} frozen{lengths}")
         found.append(command.measure(w, repeats, with_peers=config is None))
         if what != "all":
             print(json.dumps(found[-1]), flush=True)

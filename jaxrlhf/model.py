@@ -171,14 +171,28 @@ def attention(
 
 
 def positions(mask_BT: jax.Array) -> jax.Array:
-    """Positions of real tokens, counted from the first real one: left padding changes nothing. int32 [B, T]."""
-    return jnp.maximum(jnp.cumsum(mask_BT.astype(jnp.int32), axis=-1) - 1, 0)
+    """How many tokens of its text come before each token, so that padding changes nothing; int32 [B, T], 0 on it."""
+    return jnp.where(mask_BT > 0, causal(mask_BT).sum(-1, dtype=jnp.int32) - 1, 0)
 
 
 def causal(mask_BT: jax.Array) -> jax.Array:
-    """Which keys each query sees: real ones, not later than itself. bool [B, T, S]."""
+    """Which keys each query sees: those of its own text, not later than itself. bool [B, T, S].
+
+    The mask is 0 on padding, and 1 on real tokens where a row is one text. Texts that are packed into one row have a
+    whole number each. Continuations of a text have its number plus a fraction of their own, and see it, but not each
+    other. Padding sees padding.
+    """
+    own_BTS = mask_BT[:, :, None] == mask_BT[:, None, :]
+    begun_BTS = jnp.floor(mask_BT)[:, :, None] == mask_BT[:, None, :]
     T = mask_BT.shape[-1]
-    return jnp.tril(jnp.ones((T, T), jnp.bool_)) & (mask_BT > 0)[:, None, :]
+    return jnp.tril(jnp.ones((T, T), jnp.bool_)) & (own_BTS | begun_BTS)
+
+
+def before(mask_BT: jax.Array) -> jax.Array:
+    """Where the token stands that each token follows in its text, or -1: int32 [B, T]."""
+    T = mask_BT.shape[-1]
+    earlier_BTS = causal(mask_BT) & jnp.tril(jnp.ones((T, T), jnp.bool_), -1)
+    return jnp.where(earlier_BTS, jnp.arange(T, dtype=jnp.int32), -1).max(-1)
 
 
 def depth(blocks: Params) -> int:

@@ -175,8 +175,7 @@ def _reward(base: _Base) -> Iterator[Row]:
     tx = optim.optimizer(c.optim, c.loop.steps)
     tx = tx if c.ensemble == 1 else optim.of_each(tx)
     state = base.state(tx, base.scorer)
-    shape = (2 * c.batch_size * c.ensemble, base.length)
-    batch = PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
+    batch = _pairs(base, c.batch_size * c.ensemble)
     parts = _parts(base, state) | {"batch": batch, "held": base.top}
     arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
     yield _measure(base, "reward", c.batch_size, reward.step, arguments, parts)[0]
@@ -184,14 +183,18 @@ def _reward(base: _Base) -> Iterator[Row]:
 
 def _dpo(base: _Base) -> Iterator[Row]:
     c = base.config.dpo
-    base.check("dpo", c.batch_size)
+    base.check("dpo", c.batch_size, c.optim.accumulate)
     tx = optim.optimizer(c.optim, c.loop.steps)
     state = base.state(tx, base.top)
-    shape = (2 * c.batch_size, base.length)
-    batch = PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
+    batch = _pairs(base, c.batch_size)
     parts = _parts(base, state) | {"batch": batch, "held": (base.top, base.top)}
     arguments = (base.arch, tx, c, state, base.frozen, base.top, batch)
     yield _measure(base, "dpo", c.batch_size, dpo.step, arguments, parts)[0]
+
+
+def _pairs(base: _Base, pairs: int) -> PairBatch:
+    shape = (pairs, base.length + base.config.model.response_length)
+    return PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32)))
 
 
 def _ppo(base: _Base) -> Iterator[Row]:

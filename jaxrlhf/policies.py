@@ -13,7 +13,7 @@ from jaxrlhf import losses, model, sampling, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.logs import progress
-from jaxrlhf.types import Ensemble, Frozen, PromptBatch, Sample, Scorer, Top
+from jaxrlhf.types import CHOSEN, REJECTED, Ensemble, Frozen, PromptBatch, Sample, Scorer, Top
 
 # Scores [B * N] of a batch of prompts' N responses each, as drawn; or [B * N, E], several of each.
 Score = Callable[[PromptBatch, Sample, int], np.ndarray]
@@ -48,10 +48,34 @@ def read_out(
     if isinstance(scorer, Ensemble):
         score_EB = jax.vmap(lambda member: read_out(arch, member, token_BT, hidden_BTD, mask_BT))(scorer.members)
         return losses.combine_scores(score_EB, scorer.combine, scorer.uncertainty_coef)
-    last_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1] > 0, axis=1)
-    rows_B = jnp.arange(len(last_B))
-    final_B1D = model.run_top(arch, scorer.top, token_BT, hidden_BTD, mask_BT, lambda x: x[rows_B, last_B][:, None])
-    return final_B1D[:, 0].astype(jnp.float32) @ scorer.head.w_D + scorer.head.b
+    last_B1 = _last(mask_BT > 0)[:, None]
+    return read_at(arch, scorer, token_BT, hidden_BTD, mask_BT, last_B1)[:, 0]
+
+
+def read_pairs(
+    arch: model.Architecture, scorer: Scorer, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array
+) -> jax.Array:
+    """Scores [B, 2] of the chosen and the rejected responses of a `PairBatch`, from the trunk's hidden states."""
+    ends_B2 = jnp.stack([_last((mask_BT == 1) | (mask_BT == side)) for side in (CHOSEN, REJECTED)], 1)
+    return read_at(arch, scorer, token_BT, hidden_BTD, mask_BT, ends_B2)
+
+
+def _last(mask_BT: jax.Array) -> jax.Array:
+    return mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
+
+
+def read_at(
+    arch: model.Architecture,
+    scorer: Scorer,
+    token_BT: jax.Array,
+    hidden_BTD: jax.Array,
+    mask_BT: jax.Array,
+    at_BQ: jax.Array,
+) -> jax.Array:
+    """Scores [B, Q] read at the positions `at_BQ` of each row."""
+    row_B1 = jnp.arange(len(at_BQ))[:, None]
+    final_BQD = model.run_top(arch, scorer.top, token_BT, hidden_BTD, mask_BT, lambda x: x[row_B1, at_BQ])
+    return final_BQD.astype(jnp.float32) @ scorer.head.w_D + scorer.head.b
 
 
 def respond(

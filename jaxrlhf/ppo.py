@@ -98,7 +98,7 @@ def update(
             total += c.forward_kl_coef * metrics["forward_kl"]
         return total, metrics
 
-    state, metrics = rollouts.epochs(tx, loss, state, rollout, key, c.epochs, c.minibatches)
+    state, metrics = rollouts.epochs(tx, loss, lambda mb: mb.response_mask_BR.sum(), state, rollout, key, c.epochs, c)
     if c.kl_target and state.kl_coef is not None:
         kl = ((rollout.logp_BR - rollout.ref_logp_BR) * rollout.response_mask_BR).sum(-1).mean()
         adapted = losses.adapt_kl_coef(state.kl_coef, kl, c.kl_target, c.kl_horizon, B)

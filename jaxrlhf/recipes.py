@@ -140,11 +140,6 @@ def _check_methods(e: Experiment) -> None:
         raise UserError(f"config.ppo.value_init='reward': {whose}; take zero or normal")
     if e.reward.init and e.reward.ensemble > 1:
         raise UserError(f"config.reward.ensemble={e.reward.ensemble}: config.reward.init is one reward model; take 1")
-    for stage in TRAINED:
-        if stage not in ("pretrain", "sft", "reward") and (parts := getattr(e, stage).optim.accumulate) > 1:
-            raise UserError(
-                f"config.{stage}.optim.accumulate={parts}: pretrain, sft and reward alone accumulate; take 1"
-            )
     known = {
         "reward.combine": (e.reward.combine, ("mean", "worst", "uncertainty")),
         "dpo.loss": (e.dpo.loss, ("sigmoid", "ipo")),

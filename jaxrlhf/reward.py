@@ -31,11 +31,11 @@ def loss(
     """
     rows = batch.tokens_BT, model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT), batch.mask_BT
     if isinstance(scorer, Scorer):
-        return losses.reward_loss(*jnp.split(policies.read_out(arch, scorer, *rows), 2))
+        return losses.reward_loss(*policies.read_pairs(arch, scorer, *rows).T)
     E = scorer.members.head.b.shape[0]
     own = (x.reshape(E, -1, *x.shape[1:]) for x in rows)
-    score_EP = jax.vmap(partial(policies.read_out, arch))(scorer.members, *own)
-    loss_E, metrics = jax.vmap(losses.reward_loss)(*jnp.split(score_EP, 2, axis=1))
+    score_EB2 = jax.vmap(partial(policies.read_pairs, arch))(scorer.members, *own)
+    loss_E, metrics = jax.vmap(losses.reward_loss)(*jnp.moveaxis(score_EB2, -1, 0))
     return loss_E.sum(), jax.tree.map(jnp.mean, metrics)
 
 

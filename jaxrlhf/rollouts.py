@@ -171,23 +171,27 @@ def look(
 def epochs(
     tx: optax.GradientTransformation,
     loss: Callable[[Any, Any], tuple[jax.Array, Metrics]],
+    weight: Callable[[Any], jax.Array],
     state: TrainState,
     rollout: Rollout,
     key: jax.Array,
     epochs: int,
-    minibatches: int,
+    c: Ppo | Rloo | Grpo,
 ) -> tuple[TrainState, Metrics]:
-    """Minibatch steps on what is trained; every response is visited exactly once an epoch. Metrics are their means."""
+    """Minibatch steps on what is trained; every response is visited exactly once an epoch. Metrics are their means.
+
+    A minibatch is worked through in `c.optim.accumulate` parts; `weight` of one is what its loss divides by.
+    """
     B = rollout.score_B.shape[0]
 
     def minibatch(state: TrainState, index_b: jax.Array) -> tuple[TrainState, Metrics]:
         mb = jax.tree.map(lambda x: x[index_b], rollout)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, mb)
+        value, metrics, grads = optim.gradients(loss, state.params, mb, c.optim.accumulate, weight)
         state, norm = optim.update(tx, value, grads, state)
         return state, metrics | {"loss": value} | norm
 
     order_EB = jax.vmap(lambda k: jax.random.permutation(k, B))(jax.random.split(key, epochs))
-    state, metrics = jax.lax.scan(minibatch, state, order_EB.reshape(epochs * minibatches, B // minibatches))
+    state, metrics = jax.lax.scan(minibatch, state, order_EB.reshape(epochs * c.minibatches, B // c.minibatches))
     state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
     return state, jax.tree.map(jnp.mean, metrics) | optim.left_out(state)
 
@@ -250,6 +254,11 @@ def check(run: Run, stage: str, c: Ppo | Rloo | Grpo, samples: int = 1) -> None:
             f"config.{stage}.batch_size={c.batch_size}{times} does not divide into "
             f"config.{stage}.minibatches={c.minibatches}; "
             f"batch_size={c.batch_size // c.minibatches * c.minibatches or c.minibatches} would"
+        )
+    rows, parts = c.batch_size * samples // c.minibatches, c.optim.accumulate
+    if rows % parts:
+        raise UserError(
+            f"config.{stage}.optim.accumulate={parts}: a minibatch's {rows} responses do not divide into as many parts"
         )
     if c.temperature <= 0:
         raise UserError(f"config.{stage}.temperature={c.temperature}: rollouts are sampled, so it must be above 0")

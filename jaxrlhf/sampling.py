@@ -86,6 +86,7 @@ def sample(
     layers = [
         model.cast(arch, jax.tree.map(lambda x, i=i: x[i], part)) for part in parts for i in range(model.depth(part))
     ]
+    position_BP = model.positions(mask_BP)
     length_M = jnp.repeat(mask_BP.sum(-1).astype(jnp.int32), samples)
     empty = jnp.zeros((M, arch.kv_heads, R, arch.head_width), prefix[0][0].dtype)
     state = _Decoding(
@@ -102,7 +103,7 @@ def sample(
 
     def body(s: _Decoding) -> _Decoding:
         s = _draw(gen, s)
-        h_M1D, cache = _advance(arch, frozen, top, layers, prefix, mask_BP, length_M, s)
+        h_M1D, cache = _advance(arch, frozen, top, layers, prefix, mask_BP, position_BP, length_M, s)
         return s._replace(logits_MV=model.logits(arch, frozen, top, h_M1D)[:, 0], cache=cache, step=s.step + 1)
 
     # The last token drawn is never fed back, so the loop stops one step short and draws it after.
@@ -142,28 +143,30 @@ def _draw(gen: Generation, s: _Decoding) -> _Decoding:
     )
 
 
-def _advance(arch, frozen, top, layers, prefix, mask_BP, length_M, s: _Decoding):
+def _advance(arch, frozen, top, layers, prefix, mask_BP, position_BP, length_M, s: _Decoding):
     """Feeds the drawn tokens through all layers, which attend to the shared prefix and to each row's own suffix."""
     position_M1 = (length_M + s.step)[:, None]
     h_M1D = model.embed(arch, frozen.embed or top.embed, s.token_M[:, None], position_M1)
     cache = []
     windows = arch.windows or (0,) * arch.layers
     for block, shared, own, window in zip(layers, prefix, s.cache, windows, strict=True):
-        attend = partial(_attend, arch, window, shared=shared, own=own, mask_BP=mask_BP, step=s.step)
+        attend = partial(
+            _attend, arch, window, shared=shared, own=own, mask_BP=mask_BP, position_BP=position_BP, step=s.step
+        )
         h_M1D, kept = model.Block(arch).apply({"params": block}, h_M1D, position_M1, attend)
         cache.append(kept)
     return model.final_norm(arch, top, h_M1D), cache
 
 
-def _attend(arch, window, q_M1HK, k_M1GK, v_M1GK, *, shared, own, mask_BP, step):
+def _attend(arch, window, q_M1HK, k_M1GK, v_M1GK, *, shared, own, mask_BP, position_BP, step):
     """One query a row over prefix keys [B, G, P, K] (never repeated N times) and suffix keys [M, G, R, K]."""
     M, _, H, K = q_M1HK.shape
     (B, G, P, _), R = shared[0].shape, own[0].shape[2]
     N, Q = M // B, H // G
     seen_BP, seen_R = mask_BP > 0, jnp.arange(R) <= step
     if window:
-        position_B1 = mask_BP.sum(-1, keepdims=True).astype(jnp.int32) + step
-        seen_BP &= position_B1 - model.positions(mask_BP) < window
+        own_B1 = mask_BP.sum(-1, keepdims=True).astype(jnp.int32) + step
+        seen_BP &= own_B1 - position_BP < window
         seen_R &= step - jnp.arange(R) < window
     k_MGRK = jax.lax.dynamic_update_slice_in_dim(own[0], k_M1GK.swapaxes(1, 2), step, axis=2)
     v_MGRK = jax.lax.dynamic_update_slice_in_dim(own[1], v_M1GK.swapaxes(1, 2), step, axis=2)

@@ -95,7 +95,7 @@ def shard_batch(tree: Tree, mesh: DeviceMesh) -> Tree:
 
 def shard_step(stream: Batches[Tree], step: int, mesh: DeviceMesh) -> Tree:
     """A step's batch on the mesh, likewise divided: each process makes only the rows that its devices hold."""
-    where, count = rows(mesh), stream.rows
+    where, count = rows(mesh), stream.rows(step)
     held = where.addressable_devices_indices_map((count,)).values()
     own = sorted({r for index in held if index for r in range(*index[0].indices(count))})
 

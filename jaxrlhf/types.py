@@ -8,24 +8,24 @@ import jax
 from flax import struct
 
 Params = dict[str, Any]
+CHOSEN, REJECTED = 1.25, 1.5  # tokens of a pair's responses in `PairBatch.mask_BT`
 
 
 @struct.dataclass
 class SftBatch:
-    """Prompt and response in one row, padded on the right."""
+    """Prompt and response in one row, padded on the right; where they are packed, several in a row, B rows in all."""
 
     tokens_BT: jax.Array  # int32
-    mask_BT: jax.Array  # f32, 1 = real token
+    mask_BT: jax.Array  # f32, 1 = real token; of several texts in a row 1, 2, ..., as `model.causal` has it
     weight_BT: jax.Array  # f32, the loss weight of predicting this token (0 on padding)
 
 
 @struct.dataclass
 class PairBatch:
-    """Rows 0..B-1 are the chosen responses, rows B..2B-1 the rejected ones, after the same prompts."""
+    """A pair a row: the prompt once, the chosen response, the rejected one; these do not see each other."""
 
-    tokens_BT: jax.Array  # int32 [2B, T]
-    mask_BT: jax.Array  # f32 [2B, T]
-    weight_BT: jax.Array  # f32 [2B, T], 1 on the response and its end-of-text
+    tokens_BT: jax.Array  # int32, padded on the right
+    mask_BT: jax.Array  # f32: 1 = the prompt's, CHOSEN, REJECTED, 0 = padding, as `model.causal` has it
 
 
 @struct.dataclass

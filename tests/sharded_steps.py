@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jaxrlhf import model, optim, ppo, reward, sampling, sft, sharding
 from jaxrlhf.config import Mesh, Optim, Ppo
 from jaxrlhf.split import split
-from jaxrlhf.types import ActorCritic, Fixed, PairBatch, PromptBatch, ScalarHead, Scorer, SftBatch
+from jaxrlhf.types import CHOSEN, REJECTED, ActorCritic, Fixed, PairBatch, PromptBatch, ScalarHead, Scorer, SftBatch
 
 ARCH = model.Architecture(
     vocab_size=48,
@@ -27,6 +27,8 @@ ARCH = model.Architecture(
 )
 # A large epsilon, so that rounding in a gradient that should be 0 stays rounding in Adam's step.
 TX = optim.optimizer(Optim(lr=0.01, eps=1e-3), 8)
+# A prompt of 2 tokens, a chosen response of 5, and what a row has left.
+PAIR_T = np.repeat(np.float32([1, CHOSEN, REJECTED]), (2, 5, 5))
 PPO = Ppo(batch_size=16, epochs=2, minibatches=2, kl_target=2.0, entropy_coef=0.01)
 
 
@@ -75,7 +77,7 @@ def steps(mesh: jax.sharding.Mesh, folder: Path, name: str) -> None:
 
     state = optim.new_state(TX, Scorer(top=top, head=head), mesh)
     state, metrics = reward.step(
-        ARCH, TX, state, frozen, sharding.shard_batch(PairBatch(token_BT, mask_BT, mask_BT), mesh)
+        ARCH, TX, state, frozen, sharding.shard_batch(PairBatch(token_BT, mask_BT * PAIR_T), mesh)
     )
     found |= named("reward", (metrics, state.params))
 

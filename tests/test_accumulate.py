@@ -11,7 +11,7 @@ from jaxrlhf import model, optim, reward, sft, sharding
 from jaxrlhf.config import Mesh, Optim
 from jaxrlhf.files import UserError
 from jaxrlhf.split import split
-from jaxrlhf.types import PairBatch, ScalarHead, Scorer, SftBatch
+from jaxrlhf.types import CHOSEN, REJECTED, PairBatch, ScalarHead, Scorer, SftBatch
 
 ARCH = model.Architecture(
     vocab_size=48,
@@ -42,8 +42,11 @@ def sft_batch() -> SftBatch:
 
 
 def pair_batch() -> PairBatch:
-    token_BT, mask_BT = rows(12, seed=2)
-    return PairBatch(token_BT, mask_BT, mask_BT)
+    """Prompts of 2 tokens, chosen responses of 1 to 6, and rejected ones to the row's end."""
+    token_BT, mask_BT = rows(6, seed=2)
+    chosen_B1 = np.random.default_rng(3).integers(1, 7, (6, 1))
+    sides_BT = np.where(np.arange(12) < 2 + chosen_B1, CHOSEN, REJECTED)
+    return PairBatch(token_BT, jnp.asarray(np.where(np.arange(12) < 2, 1, sides_BT) * mask_BT, jnp.float32))
 
 
 def near(found, wanted):

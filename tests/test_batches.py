@@ -1,9 +1,10 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from jaxrlhf.data import batches, tokens
+from jaxrlhf.data import batches, packing, tokens
 
 # 0 <pad>, 1 <eos>, 2 <unk>, 3 newline, then a..z from 4
 LETTERS = tokens.word_tokenizer([chr(ord("a") + i) for i in range(26)])
@@ -26,7 +27,9 @@ def by_length(batch, *names):
 
 
 def first_prompts(batch):
-    return np.asarray(batch.tokens_BT)[:, 0].tolist()
+    """The first token of each text, row by row."""
+    begins_BT = np.diff(np.asarray(batch.mask_BT), axis=1, prepend=0) > 0
+    return np.asarray(batch.tokens_BT)[begins_BT].tolist()
 
 
 # ---- rows by hand
@@ -78,14 +81,15 @@ def test_types():
 def test_pair_rows_by_hand():
     pair = {"prompt": " a b", "chosen": " c", "rejected": " d e f a", "chosen_finished": "1", "rejected_finished": "0"}
     batch = batches.pair_batches([pair], LETTERS, batch_size=1, seed=0, **SIZES)[0]
-    assert batch.tokens_BT.tolist() == [[A, B, C, EOS, 0, 0, 0], [A, B, D, E, F, A, 0]]
-    assert batch.mask_BT.tolist() == [[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
+    assert batch.tokens_BT.tolist() == [[A, B, C, EOS, D, E, F, A]]
+    assert batch.mask_BT.tolist() == [[1, 1, 1.25, 1.25, 1.5, 1.5, 1.5, 1.5]]
     cut = pair | {"rejected": " d", "prompt": " f e d c b a"}
     batch = batches.pair_batches([cut], LETTERS, batch_size=1, seed=0, **SIZES)[0]
-    assert batch.tokens_BT.tolist() == [[C, B, A, C, EOS, 0, 0], [C, B, A, D, 0, 0, 0]]
+    assert batch.tokens_BT.tolist() == [[C, B, A, C, EOS, D, 0, 0]]
+    assert batch.mask_BT.tolist() == [[1, 1, 1, 1.25, 1.25, 1.5, 0, 0]]
 
 
-def test_chosen_rows_come_first_and_meet_their_rejected_ones():
+def test_pairs_stay_together():
     pairs = [
         {"prompt": f" {x}", "chosen": " y", "rejected": " z", "chosen_finished": "1", "rejected_finished": "1"}
         for x in "abcdefg"
@@ -93,10 +97,8 @@ def test_chosen_rows_come_first_and_meet_their_rejected_ones():
     stream = batches.pair_batches(pairs, LETTERS, batch_size=3, seed=2, **SIZES)
     for step in range(5):
         tokens_BT = np.asarray(stream[step].tokens_BT)
-        assert tokens_BT.shape == (6, 7)
-        assert tokens_BT[:3, 0].tolist() == tokens_BT[3:, 0].tolist()
-        assert set(tokens_BT[:3, 1]) == {LETTERS.encode(" y")[0]}
-        assert set(tokens_BT[3:, 1]) == {LETTERS.encode(" z")[0]}
+        y, z = LETTERS.encode(" y z")
+        assert tokens_BT[:, 1:].tolist() == [[y, EOS, z, EOS, 0, 0, 0]] * 3
 
 
 def test_prompts_are_padded_on_the_left():
@@ -121,14 +123,72 @@ def test_rows_never_outgrow_the_model():
     """Rows are as long as the longest of their set needs, and never longer than prompt and response may be."""
     long = [{"prompt": " a" * 50, "response": " b" * 50}]
     assert sft(long, 1, prompt_length=13, response_length=9)[0].tokens_BT.shape == (1, 22)
-    assert sft(NUMBERED, 2, prompt_length=64, response_length=24)[0].tokens_BT.shape == (2, 8)
+    assert sft(NUMBERED, 2, prompt_length=64, response_length=24)[0].tokens_BT.shape == (1, 8)
 
 
 def test_empty_prompts_and_responses():
     batch = sft([{"prompt": "", "response": ""}, {"prompt": "", "response": " c"}])[0]
-    rows, weights = by_length(batch, "tokens_BT", "weight_BT")
-    assert [row[:3] for row in rows] == [[EOS, 0, 0], [C, EOS, 0]]
-    assert [row[:3] for row in weights] == [[0, 0, 0], [0, 1, 0]]  # nothing stands before the first token
+    assert batch.tokens_BT.tolist() == [[C, EOS, EOS, 0, 0, 0, 0]]
+    assert batch.mask_BT.tolist() == [[1, 1, 2, 0, 0, 0, 0]]
+    assert batch.weight_BT.tolist() == [[0, 1, 0, 0, 0, 0, 0]]  # nothing stands before a first token
+
+
+# ---- packing
+
+
+def uneven(seed=0, count=23):
+    """Texts of 2 to 11 tokens with their end-of-text, each with a letter of its own."""
+    rng = np.random.default_rng(seed)
+    texts = [f" {chr(ord('a') + i)}" * rng.integers(1, 8) for i in range(count)]
+    return [{"prompt": t, "response": " z" * rng.integers(0, 4)} for t in texts]
+
+
+def texts_of(batch):
+    """Tokens and weights of each text in a batch."""
+    found = []
+    for tokens_T, mask_T, weight_T in zip(batch.tokens_BT, batch.mask_BT, batch.weight_BT, strict=True):
+        assert (np.diff(mask_T[mask_T > 0]) >= 0).all()
+        found += [(tokens_T[mask_T == k].tolist(), weight_T[mask_T == k].tolist()) for k in set(mask_T[mask_T > 0])]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 5])
+def test_packed_rows_hold_each_text_whole_and_once(ways):
+    examples, sizes = uneven(), {"prompt_length": 8, "response_length": 4}
+    packed = sft(examples, 10, seed=3, ways=ways, **sizes)
+    order = batches.ids([r | {"id": i} for i, r in enumerate(examples)], batch_size=10, seed=3)
+    shapes = set()
+    for step in range(12):
+        alone = [sft([examples[i]], 1, **sizes)[0] for i in order[step]]
+        assert texts_of(packed[step]) == sorted(t for batch in alone for t in texts_of(batch))
+        rows = packed.rows(step)
+        shapes.add(rows)
+        assert packed[step].tokens_BT.shape == (rows, 12)
+        assert rows % ways == 0
+        assert rows < 10 or ways > 1
+    assert len(shapes) <= 3
+
+
+def test_a_batch_that_outgrows_the_usual_rows_gets_more():
+    """Whatever is usual, no text is lost, and there are few numbers of rows to compile."""
+    packed = sft(uneven(), 16, seed=1, ways=2, prompt_length=8, response_length=4)
+    needed = {replace(packed, usual=n).rows(step) for n in (2, 8) for step in range(20)}
+    assert len(needed) > 1
+    assert min(needed) <= packed.usual <= 16
+    for usual in (2, 8, 10):
+        tight = replace(packed, usual=usual)
+        assert all(len(texts_of(tight[step])) == 16 for step in range(20))
+        assert {tight.rows(step) % 2 for step in range(20)} == {0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_fit_fills_rows(seed):
+    lengths = np.random.default_rng(seed).integers(0, 21, 60).tolist()
+    rows = packing.first_fit(lengths, 20)
+    assert sorted(i for row in rows for i in row) == list(range(60))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 20
+    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 20) + 1
+    assert packing.first_fit([5, 3, 9, 9, 5], 10) == [[2], [3], [0, 4], [1]]
 
 
 def test_what_is_cut_is_counted():

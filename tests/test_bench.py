@@ -1,5 +1,6 @@
 """`jaxrlhf bench`: the arithmetic that it counts, sides that take turns, and its one table."""
 
+import dataclasses
 import json
 import sys
 from contextlib import ExitStack
@@ -55,10 +56,12 @@ def test_the_least_of_a_block_by_hand():
 
 
 @pytest.mark.parametrize("freeze_layers", [0.8, 0.0])
-@pytest.mark.parametrize("step", ["sample", "sft", "reward", "ppo"])
-def test_programs_do_little_more_than_the_least(step, freeze_layers):
-    """Within 15 % at the sizes that are measured; traced, not run."""
-    work = of_shape(step, "small", freeze_layers)
+@pytest.mark.parametrize(
+    ("step", "uneven"), [("sample", False), ("sft", False), ("sft", True), ("reward", False), ("ppo", False)]
+)
+def test_programs_do_little_more_than_the_least(step, uneven, freeze_layers):
+    """Within 15 % at the sizes that are measured; traced, not run. Packed rows are not quite full."""
+    work = of_shape(step, "small", freeze_layers, uneven)
     arch, flops = ours.architecture(work), []
 
     def program(key):
@@ -66,7 +69,25 @@ def test_programs_do_little_more_than_the_least(step, freeze_layers):
         flops.append(ours.PROGRAMS[step](work, arch, frozen, top)[0])
 
     jax.eval_shape(program, jax.random.key(0))
-    assert 1 <= flops[0] / floor.least(work, arch) < 1.15
+    assert 1 <= flops[0] / floor.least(work, arch) < (1.35 if uneven else 1.15)
+
+
+def test_a_pair_needs_its_prompt_once():
+    """Two texts' blocks less the prompt's, which is run once; nothing frozen, one layer, states at two ends."""
+    work = of_shape("reward", "tiny", 0.0)
+    arch = dataclasses.replace(ours.architecture(work), layers=1)
+    p, q, r = 7, 3, 5
+    apart = sum(floor._trained(arch, 0, 1, p + n, 1) for n in (q, r))
+    prompt_keys = 3 * 2 * p * 2 * arch.width * arch.width  # keys and values, forward and backward
+    assert floor._pair(arch, 0, p, q, r) == apart - prompt_keys
+
+
+def test_uneven_texts_are_the_same_for_both_sides():
+    work = of_shape("sft", "small", 0.8, uneven=True)
+    assert work.lengths(16) == command.Work.read(str(work)).lengths(16)
+    lengths = work.lengths(1000)
+    assert max(p + max(q, r) for p, q, r in lengths) <= 256
+    assert 0.45 < sorted(p for p, _, _ in lengths)[500] / 208 < 0.55
 
 
 def sides(stack, **spent):

@@ -14,7 +14,18 @@ from jaxrlhf.config import Dpo, Grpo, Optim, Ppo, Rloo
 from jaxrlhf.data import batches, tokens
 from jaxrlhf.sampling import Generation, sample
 from jaxrlhf.split import split
-from jaxrlhf.types import ActorCritic, Ensemble, Fixed, PairBatch, PromptBatch, ScalarHead, Scorer, TrainState
+from jaxrlhf.types import (
+    CHOSEN,
+    REJECTED,
+    ActorCritic,
+    Ensemble,
+    Fixed,
+    PairBatch,
+    PromptBatch,
+    ScalarHead,
+    Scorer,
+    TrainState,
+)
 
 ARCH = model.Architecture(
     vocab_size=13,
@@ -165,9 +176,12 @@ def test_every_epoch_visits_each_response_once():
     seen = begin(optax.sgd(1.0), jnp.zeros(B))
     rollout = Visited(score_B=jnp.arange(B))
     loss = lambda counts, mb: (-counts[mb.score_B].sum(), {})  # noqa: E731
-    after, metrics = rollouts.epochs(optax.sgd(1.0), loss, seen, rollout, jax.random.key(1), 3, 4)
-    assert after.params.tolist() == [3.0] * B
-    assert float(metrics["grad_norm"]) == pytest.approx(3**0.5)
+    for c in (Grpo(minibatches=4), Grpo(minibatches=2, optim=Optim(accumulate=3))):
+        weight = lambda mb: c.optim.accumulate * jnp.float32(mb.score_B.size)  # noqa: B023, E731
+        sgd = optax.sgd(c.optim.accumulate)  # the mean over parts, undone
+        after, metrics = rollouts.epochs(sgd, loss, weight, seen, rollout, jax.random.key(1), 3, c)
+        assert after.params.tolist() == pytest.approx([3.0] * B)
+        assert float(metrics["grad_norm"]) == pytest.approx((B / c.minibatches) ** 0.5 / c.optim.accumulate)
 
 
 class Visited(dict):
@@ -179,6 +193,25 @@ class Visited(dict):
 
 
 jax.tree_util.register_pytree_node(Visited, lambda v: ((v.score_B,), None), lambda _, leaves: Visited(*leaves))
+
+
+@pytest.mark.parametrize("c", [Ppo(forward_kl_coef=0.2), Rloo(samples=N), Grpo(samples=N)], ids=["ppo", "rloo", "grpo"])
+def test_minibatches_in_parts_are_the_same_updates(drawn, c):
+    head = ScalarHead(w_D=jnp.linspace(-0.2, 0.3, ARCH.width), b=jnp.float32(0.1))
+    start = ActorCritic(top=POLICY, value=head) if isinstance(c, Ppo) else POLICY
+    # Smooth in the gradient, whose rounding Adam would blow up.
+    found, tx = [], optax.sgd(0.5)
+    for parts in (1, 3):
+        c = replace(c, minibatches=2, optim=Optim(accumulate=parts))
+        if isinstance(c, Ppo):
+            rollout, _ = ppo.score(ARCH, c, FIXED, start, jnp.float32(0.05), *drawn)
+            state, metrics = ppo.update(ARCH, tx, c, begin(tx, start), FIXED, rollout, jax.random.key(1))
+        else:
+            rollout, _ = groups.score(ARCH, Ppo(), c, FIXED, start, *drawn)
+            state, metrics = groups.update(ARCH, tx, c, begin(tx, start), FROZEN, rollout, jax.random.key(1))
+        found.append((state.params, metrics["loss"]))
+    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 # Forward KL.
@@ -222,24 +255,45 @@ def pairs():
 
 
 def test_pairs_say_where_their_responses_are(pairs):
-    assert (pairs.mask_BT.sum(1) - pairs.weight_BT.sum(1)).tolist() == [2, 1, 2, 1] or (
-        pairs.mask_BT.sum(1) - pairs.weight_BT.sum(1)
-    ).tolist() == [1, 2, 1, 2]
-    assert sorted(pairs.weight_BT.sum(1).tolist()) == [2, 2, 3, 4]
-    assert (pairs.weight_BT <= pairs.mask_BT).all()
+    sizes = sorted([int((row == side).sum()) for side in (1, CHOSEN, REJECTED)] for row in pairs.mask_BT)
+    assert sizes == [[1, 4, 2], [2, 2, 3]]
 
 
 def test_dpo_reads_responses_alone(pairs):
     batch = jax.tree.map(jnp.asarray, pairs)
     hidden_BTD = model.trunk(ARCH, FROZEN, batch.tokens_BT, batch.mask_BT)
-    found_B = dpo.response_logp(ARCH, FROZEN, POLICY, batch.tokens_BT, hidden_BTD, batch.mask_BT, batch.weight_BT)
-    for row, mask, weight, value in zip(*jax.tree.leaves(pairs), found_B, strict=True):
-        ids = row[: int(mask.sum())][None]  # without padding
-        hidden = model.trunk(ARCH, FROZEN, ids, jnp.ones(ids.shape))
-        final = model.run_top(ARCH, POLICY, ids, hidden, jnp.ones(ids.shape))
-        logp_TV = jax.nn.log_softmax(model.logits(ARCH, FROZEN, POLICY, final)[0])
-        expected = sum(logp_TV[t - 1, ids[0, t]] for t in range(1, ids.shape[1]) if weight[t])
-        assert float(value) == pytest.approx(float(expected), abs=1e-4)
+    logp_BT = dpo.token_logp(ARCH, FROZEN, POLICY, batch.tokens_BT, hidden_BTD, batch.mask_BT)
+    for row, mask, logp_T in zip(pairs.tokens_BT, pairs.mask_BT, logp_BT, strict=True):
+        for side in (CHOSEN, REJECTED):
+            ids = row[(mask == 1) | (mask == side)][None]  # without padding and the other response
+            ones = jnp.ones(ids.shape)
+            hidden = model.trunk(ARCH, FROZEN, ids, ones)
+            final = model.run_top(ARCH, POLICY, ids, hidden, ones)
+            each_TV = jax.nn.log_softmax(model.logits(ARCH, FROZEN, POLICY, final)[0])
+            expected = [each_TV[t - 1, ids[0, t]] for t in range(int((mask == 1).sum()), ids.shape[1])]
+            np.testing.assert_allclose(logp_T[mask == side], expected, atol=1e-4)
+
+
+def test_a_token_that_nothing_precedes_has_no_log_probability():
+    mask_BT = jnp.asarray([[CHOSEN, CHOSEN, REJECTED, REJECTED, 0]])  # an empty prompt
+    token_BT = jnp.asarray([[3, 4, 5, 6, 0]])
+    hidden_BTD = model.trunk(ARCH, FROZEN, token_BT, mask_BT)
+    logp_BT = dpo.token_logp(ARCH, FROZEN, POLICY, token_BT, hidden_BTD, mask_BT)
+    assert logp_BT[0, [0, 2]].tolist() == [0, 0]
+    assert (logp_BT[0, [1, 3]] < 0).all()
+
+
+def test_a_pairs_scores_are_those_of_its_responses_alone(pairs):
+    batch = jax.tree.map(jnp.asarray, pairs)
+    hidden_BTD = model.trunk(ARCH, FROZEN, batch.tokens_BT, batch.mask_BT)
+    found_B2 = policies.read_pairs(ARCH, SCORERS[0], batch.tokens_BT, hidden_BTD, batch.mask_BT)
+    for row, mask, found_2 in zip(pairs.tokens_BT, pairs.mask_BT, found_B2, strict=True):
+        for side, found in zip((CHOSEN, REJECTED), found_2, strict=True):
+            ids = row[(mask == 1) | (mask == side)][None]
+            assert float(found) == pytest.approx(
+                float(policies.score(ARCH, FROZEN, SCORERS[0], ids, np.ones(ids.shape))[0]), abs=1e-5
+            )
+    assert np.abs(np.diff(found_B2)).max() > 0.5
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
@@ -256,6 +310,16 @@ def test_dpo_starts_at_the_reference_and_learns_the_pairs(pairs, kind):
     assert seen[-1]["accuracy"] == 1
     # Its gradient moves TOP alone, and IPO's aim is a margin of beta / (2 beta).
     assert seen[-1]["margin"] > (0.2 if kind == "sigmoid" else 0.1)
+
+
+def test_dpo_in_parts_is_the_step_of_the_whole_batch(pairs):
+    tx, batch = optax.sgd(0.5), jax.tree.map(jnp.asarray, pairs)
+    found = [
+        dpo.step(ARCH, tx, Dpo(optim=Optim(accumulate=parts)), begin(tx, POLICY), FROZEN, REF, batch)
+        for parts in (1, 2)
+    ]
+    for a, b in zip(*(jax.tree.leaves((state.params, m["loss"])) for state, m in found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 # Ensembles.

@@ -86,14 +86,44 @@ def test_no_gradient_flows_from_real_positions_into_padding():
 
 def test_positions_count_real_tokens():
     mask_BT = jnp.asarray([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [1, 1, 1, 1, 1]], jnp.float32)
-    wanted = [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 1, 1, 1], [0, 1, 2, 3, 4]]
+    wanted = [[0, 0, 0, 1, 2], [0, 1, 2, 0, 0], [0, 0, 1, 0, 0], [0, 1, 2, 3, 4]]
     assert model.positions(mask_BT).tolist() == wanted
     assert model.positions(mask_BT).dtype == jnp.int32
 
 
 def test_causal_mask_by_hand():
-    wanted = [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+    wanted = [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert model.causal(jnp.asarray([[0, 1, 1]])).astype(int).tolist() == [wanted]
+
+
+def test_texts_of_a_row_and_continuations_of_a_text_by_hand():
+    mask_BT = jnp.asarray([[1, 1.25, 1.5, 1.5, 2, 2, 0]])
+    wanted = [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0],
+        [1, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
+    assert model.causal(mask_BT).astype(int).tolist() == [wanted]
+    assert model.positions(mask_BT).tolist() == [[0, 1, 1, 2, 0, 1, 0]]
+    assert model.before(mask_BT).tolist() == [[-1, 0, 0, 2, -1, 4, -1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_in_one_row_are_what_they_are_alone(family):
+    """Two texts, the second with two continuations, and padding between nothing and nothing: also under windows."""
+    arch = architecture(family)
+    params = random_params(arch)
+    token_T = np.random.default_rng(4).integers(0, 19, 12).astype(np.int32)
+    mask_T = np.float32([1, 1, 1, 2, 2, 2, 2.25, 2.25, 2.5, 2.5, 2.5, 0])
+    packed_TV = logits(arch, params, token_T[None], mask_T[None])[0]
+    for own in ((1,), (2, 2.25), (2, 2.5)):
+        at = np.isin(mask_T, own)
+        alone_TV = logits(arch, params, token_T[at][None], np.ones((1, at.sum()), np.float32))[0]
+        np.testing.assert_allclose(packed_TV[at], alone_TV, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

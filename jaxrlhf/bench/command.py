@@ -182,6 +182,7 @@ def _summary(
         "bench": work.step,
         "experiment": work.experiment.name,
         "freeze_layers": work.experiment.model.freeze_layers,
+        "uneven": work.uneven,
         "device": own["device"],
         "repeats": len(ours),
         "tokens_per_second": round(work.tokens / median(r["seconds"] for r in ours), 1),
@@ -240,7 +241,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _own_cells(line: Mapping[str, Any]) -> list[str]:
     cells = [
-        f"{line['bench']}, {line['experiment']}",
+        f"{line['bench']}, {line['experiment']}{', uneven' if line['uneven'] else ''}",
         f"{line['freeze_layers']:g}",
         f"{line['cpu_seconds']:.2f}",
         f"{line['tokens_per_second']:.0f}",

@@ -38,16 +38,15 @@ def least(work: Work, arch: model.Architecture) -> int:
     """Of one step of `work`."""
     e = work.experiment
     k = int(e.model.freeze_layers * arch.layers)
-    P, R, T = e.model.prompt_length, e.model.response_length, work.row_length
+    P, R = e.model.prompt_length, e.model.response_length
     if work.step == "sample":
         return _sampled(arch, e.sampling.batch_size, e.sampling.samples_per_prompt, P, R)
     if work.step == "sft":
-        B, frozen_head = e.sft.batch_size, e.model.freeze_layers > 0
-        trunk = k * _block(arch, B, T)
-        return trunk + _trained(arch, k, B, T, T) + (2 if frozen_head else 3) * _head(arch, B * (T - 1))
+        texts, frozen_head = [p + q for p, q, _ in work.lengths(e.sft.batch_size)], e.model.freeze_layers > 0
+        blocks = sum(k * _block(arch, 1, n) + _trained(arch, k, 1, n, n) for n in texts)
+        return blocks + (2 if frozen_head else 3) * sum(_head(arch, n - 1) for n in texts)
     if work.step == "reward":
-        B = 2 * e.reward.batch_size
-        return k * _block(arch, B, T) + _trained(arch, k, B, T, 1)
+        return sum(_pair(arch, k, *lengths) for lengths in work.lengths(e.reward.batch_size))
     B, T = e.ppo.batch_size, P + R
     top = _blocks(arch, arch.layers - k, B, T, R)
     scored = k * _block(arch, B, T) + 2 * (top + _head(arch, B * R)) + _blocks(arch, arch.layers - k, B, T, 1)
@@ -69,11 +68,26 @@ def _blocks(arch: model.Architecture, layers: int, B: int, T: int, wanted: int) 
 def _trained(arch: model.Architecture, k: int, B: int, T: int, wanted: int) -> int:
     """Forward and backward of the blocks above `k`; the lowest has no gradient to hand down, but to embeddings."""
     all_three = 3 * _blocks(arch, arch.layers - k, B, T, wanted)
-    return all_three - (2 * B * T * arch.width * arch.head_width * (arch.heads + 2 * arch.kv_heads) if k else 0)
+    return all_three - _unasked(arch, k, B * T)
+
+
+def _pair(arch: model.Architecture, k: int, p: int, q: int, r: int) -> int:
+    """A prompt once, both responses after it, and the states at their ends."""
+    T, seen = p + q + r, sum(range(p + q + r + 1)) - q * r
+    trained = (arch.layers - k - 1) * _block(arch, 1, T, keys=seen) + _block(arch, 1, T, 2, keys=2 * p + q + r)
+    return k * _block(arch, 1, T, keys=seen) + 3 * trained - _unasked(arch, k, T)
+
+
+def _unasked(arch: model.Architecture, k: int, tokens: int) -> int:
+    """The gradient with respect to the states that keys, queries and values of the lowest trained block are made of."""
+    return 2 * tokens * arch.width * arch.head_width * (arch.heads + 2 * arch.kv_heads) if k else 0
 
 
 def _block(arch: model.Architecture, B: int, T: int, queries: int = 0, keys: int = 0) -> int:
-    """Of B rows' T tokens, the last `queries` of which (0 = all) are asked for; they see `keys`, or those before."""
+    """Of B rows' T tokens, the last `queries` of which (0 = all) are asked for.
+
+    All queries of a row together see `keys`, or each those before it.
+    """
     Q = queries or T
     D, inner, outer = arch.width, arch.heads * arch.head_width, arch.kv_heads * arch.head_width
     pairs = keys or sum(range(T - Q + 1, T + 1))

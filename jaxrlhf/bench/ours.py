@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ import numpy as np
 from jaxrlhf import experiment, model, optim, ppo, reward, sampling, sft, sharding
 from jaxrlhf.bench import floor
 from jaxrlhf.bench.work import TEXTS, WORDS, Work, over, serve
-from jaxrlhf.data import task
+from jaxrlhf.data import batches, task, tokens
 from jaxrlhf.evaluation.diversity import of_texts
 from jaxrlhf.evaluation.statistics import blocks
 from jaxrlhf.files import UserError
 from jaxrlhf.logs import say
 from jaxrlhf.split import split
-from jaxrlhf.types import ActorCritic, Fixed, Frozen, PairBatch, PromptBatch, ScalarHead, Scorer, SftBatch, Top
+from jaxrlhf.types import ActorCritic, Fixed, Frozen, PromptBatch, ScalarHead, Scorer, Top
 
 NO_TOKEN = -1  # as end-of-text: every response has its full length
 
@@ -97,22 +97,42 @@ def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> t
 
 
 def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
-    c = work.experiment.sft
-    token_BT = _tokens((c.batch_size, work.row_length), arch)
-    mask_BT = jnp.ones(token_BT.shape, jnp.float32)
-    batch = sharding.shard_batch(SftBatch(tokens_BT=token_BT, mask_BT=mask_BT, weight_BT=mask_BT), _mesh(work))
+    c, mesh = work.experiment.sft, _mesh(work)
+    texts = _texts(work, c.batch_size, ("response",))
+    sizes = _sizes(work) | {"ways": mesh.shape["data"] * mesh.shape["fsdp"]}
+    rows = batches.sft_batches(*texts, batch_size=c.batch_size, prompt_weight=1.0, seed=0, **sizes)
+    batch = sharding.shard_batch(rows[0], mesh)
     tx = optim.optimizer(c.optim, 1000)
     return _steps(sft.step, arch, tx, optim.new_state(tx, top, _mesh(work)), frozen, batch)
 
 
 def _reward(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
     c = work.experiment.reward
-    token_BT = _tokens((2 * c.batch_size, work.row_length), arch)
-    mask_BT = jnp.ones(token_BT.shape, jnp.float32)
-    batch = sharding.shard_batch(PairBatch(tokens_BT=token_BT, mask_BT=mask_BT, weight_BT=mask_BT), _mesh(work))
+    texts = _texts(work, c.batch_size, ("chosen", "rejected"))
+    rows = batches.pair_batches(*texts, batch_size=c.batch_size, seed=0, **_sizes(work))
+    batch = sharding.shard_batch(rows[0], _mesh(work))
     tx = optim.optimizer(c.optim, 1000)
     state = optim.new_state(tx, Scorer(top=top, head=_head(arch, 2)), _mesh(work))
     return _steps(reward.step, arch, tx, state, frozen, batch)
+
+
+def _sizes(work: Work) -> dict[str, int]:
+    most = work.experiment.model.response_length
+    return {"prompt_length": work.row_length - most, "response_length": most}
+
+
+WORDS_OF_TEXTS = [f"w{i}" for i in range(1000)]
+
+
+def _texts(work: Work, count: int, fields: Sequence[str]) -> tuple[list[dict[str, str]], tokens.Tokenizer]:
+    """Records of a prompt and responses, as many tokens as the work has it, and the tokenizer that counts them so."""
+    rng = np.random.default_rng(0)
+    text = lambda length: "".join(f" {w}" for w in rng.choice(WORDS_OF_TEXTS, length))  # noqa: E731
+    records = [
+        {"prompt": text(p)} | {field: text(n - 1) for field, n in zip(fields, responses, strict=False)}
+        for p, *responses in work.lengths(count)
+    ]
+    return records, tokens.word_tokenizer(WORDS_OF_TEXTS)
 
 
 def _steps(step: Any, arch: model.Architecture, tx: Any, state: Any, *given: Any) -> tuple[int, Callable[[], None]]:

@@ -136,21 +136,32 @@ def _sample(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
 
 
 def _sft(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
+    net = _freeze(_policy(work), work.experiment.model.freeze_layers)
+    ids, mask = _rows(work, [p + q for p, q, _ in work.lengths(work.experiment.sft.batch_size)])
+    labels = ids.masked_fill(mask == 0, -100)
+    return over(
+        _training_step(net, lambda: net(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss)
+    )
+
+
+def _rows(work: Work, lengths: list[int]) -> tuple[Any, Any]:
+    """Texts padded to the longest of the batch."""
     import torch
 
-    net = _freeze(_policy(work), work.experiment.model.freeze_layers)
-    ids = torch.randint(FIRST_TOKEN, work.vocab_size, (work.experiment.sft.batch_size, work.row_length))
-    return over(_training_step(net, lambda: net(input_ids=ids, labels=ids, use_cache=False).loss))
+    ids = torch.randint(FIRST_TOKEN, work.vocab_size, (len(lengths), max(lengths)))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return ids.masked_fill(mask == 0, PAD), mask
 
 
 def _reward(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
     import torch
 
     net = _freeze(_scorer(work), work.experiment.model.freeze_layers)
-    ids = torch.randint(FIRST_TOKEN, work.vocab_size, (2 * work.experiment.reward.batch_size, work.row_length))
+    pairs = work.lengths(work.experiment.reward.batch_size)
+    ids, mask = _rows(work, [p + q for p, q, _ in pairs] + [p + r for p, _, r in pairs])
 
     def loss() -> Any:
-        scores = net(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0]
+        scores = net(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0]
         chosen, rejected = scores.chunk(2)
         return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 

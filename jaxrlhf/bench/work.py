@@ -6,7 +6,9 @@ Both sides stay alive and take turns, so that they share the machine's noise. Ne
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import resource
 import sys
 import time
@@ -29,7 +31,8 @@ class Work:
     step: str  # of STEPS
     experiment: Experiment
     vocab_size: int = 0  # 0 = what the experiment's tokenizer has
-    length: int = 0  # tokens of a row of SFT and of the reward model; 0 = prompt and response
+    length: int = 0  # the most tokens of a text of SFT and of the reward model; 0 = prompt and response
+    uneven: bool = False  # texts are as long as real ones are; else all as long as they can be
 
     @staticmethod
     def read(text: str) -> Work:
@@ -42,9 +45,22 @@ class Work:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row of SFT and of the reward model."""
+        """The most tokens of a text of SFT and of the reward model."""
         c = self.experiment.model
         return self.length or c.prompt_length + c.response_length
+
+    def lengths(self, count: int) -> list[tuple[int, int, int]]:
+        """Tokens of `count` prompts, and of two responses to each, which have their end-of-text.
+
+        Uneven prompts have a median of half the longest, and spread as a lognormal distribution with a deviation of
+        0.6 does, cut at the longest; responses have from a third of the most to all.
+        """
+        rng, most = random.Random(0), self.experiment.model.response_length
+        longest = self.row_length - most
+        if not self.uneven:
+            return [(longest, most, most)] * count
+        drawn = [min(max(int(longest / 2 * math.exp(rng.gauss(0, 0.6))), 1), longest) for _ in range(count)]
+        return [(p, rng.randint(most // 3, most), rng.randint(most // 3, most)) for p in drawn]
 
     @property
     def tokens(self) -> int:
@@ -52,8 +68,8 @@ class Work:
         e = self.experiment
         return {
             "sample": e.sampling.batch_size * e.sampling.samples_per_prompt * e.model.response_length,
-            "sft": e.sft.batch_size * self.row_length,
-            "reward": 2 * e.reward.batch_size * self.row_length,
+            "sft": sum(p + q for p, q, _ in self.lengths(e.sft.batch_size)),
+            "reward": sum(2 * p + q + r for p, q, r in self.lengths(e.reward.batch_size)),
             "ppo": e.ppo.batch_size * e.model.response_length,
             "diversity": TEXTS * e.sampling.samples_per_prompt * WORDS,
         }[self.step]
@@ -68,7 +84,7 @@ def of_recipe(step: str, experiment: Experiment) -> Work:
     return Work(step, experiment)
 
 
-def of_shape(step: str, shape: str, freeze_layers: float) -> Work:
+def of_shape(step: str, shape: str, freeze_layers: float, uneven: bool = False) -> Work:
     """A step of an OPT with random weights, at sizes that published models and papers have."""
     layers, width, heads, vocab_size = SHAPES[shape]
     model = Model(
@@ -89,7 +105,7 @@ def of_shape(step: str, shape: str, freeze_layers: float) -> Work:
         ppo=Ppo(batch_size=64, epochs=4, minibatches=4),
         sampling=Sampling(batch_size=8, samples_per_prompt=16),
     )
-    return Work(step, experiment, vocab_size, length=256)
+    return Work(step, experiment, vocab_size, length=256, uneven=uneven)
 
 
 # Layers, width, heads, vocabulary.

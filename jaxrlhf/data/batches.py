@@ -14,8 +14,9 @@ import grain
 import jax
 import numpy as np
 
+from jaxrlhf.data import packing
 from jaxrlhf.data.tokens import Tokenizer
-from jaxrlhf.types import PairBatch, PromptBatch, SftBatch
+from jaxrlhf.types import CHOSEN, REJECTED, PairBatch, PromptBatch, SftBatch
 
 Record = Mapping[str, str]
 Row = tuple[list[int], list[int]]
@@ -28,31 +29,57 @@ WIDTHS = 8
 class Batches(Protocol[Batch]):
     """`batches[step]`, for every step from 0 without end; `part(step, rows)` is some of its rows, made alone."""
 
-    @property
-    def rows(self) -> int: ...
+    def rows(self, step: int, /) -> int: ...
     def __getitem__(self, step: int, /) -> Batch: ...
     def part(self, step: int, rows: Sequence[int], /) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """Batches of B items. An item has one row or several; a batch has all first rows, then all second ones."""
+    """Batches of B items, a row each."""
 
     items: Any  # shuffled, epoch after epoch: Grain's random access
     batch_size: int
-    sides: int
     collate: Callable[[Sequence], Any]
 
-    @property
-    def rows(self) -> int:
-        return self.batch_size * self.sides
+    def rows(self, step: int) -> int:
+        return self.batch_size
 
     def __getitem__(self, step: int) -> Any:
-        return self.part(step, range(self.rows))
+        return self.part(step, range(self.batch_size))
 
     def part(self, step: int, rows: Sequence[int]) -> Any:
-        B = self.batch_size
-        return self.collate([self.items[step * B + r % B][r // B] for r in rows])
+        return self.collate([self.items[step * self.batch_size + r] for r in rows])
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Batches of B texts, packed into fewer rows: as many at every step, or more where a batch would not fit."""
+
+    items: Any
+    batch_size: int
+    width: int
+    ways: int  # what the number of rows is a multiple of
+    usual: int
+    collate: Callable[[Sequence[Sequence[Row]]], Any]
+
+    def _packed(self, step: int) -> list[list[Row]]:
+        texts = [self.items[step * self.batch_size + b] for b in range(self.batch_size)]
+        rows = packing.first_fit([len(p) + len(q) for p, q in texts], self.width)
+        # Few sizes, as each is compiled once: an eighth of a batch apart.
+        more = self.ways * max(self.batch_size // (8 * self.ways), 1)
+        count = self.usual if len(rows) <= self.usual else packing.rounded(len(rows), more, self.batch_size)
+        return [[texts[i] for i in row] for row in rows] + [[]] * (count - len(rows))
+
+    def rows(self, step: int) -> int:
+        return len(self._packed(step))
+
+    def __getitem__(self, step: int) -> Any:
+        return self.collate(self._packed(step))
+
+    def part(self, step: int, rows: Sequence[int]) -> Any:
+        packed = self._packed(step)
+        return self.collate([packed[r] for r in rows])
 
 
 @dataclass(frozen=True)
@@ -61,17 +88,16 @@ class Joined:
 
     streams: Sequence[Batches]
 
-    @property
-    def rows(self) -> int:
+    def rows(self, step: int) -> int:
         """Of all together."""
-        return sum(s.rows for s in self.streams)
+        return sum(s.rows(step) for s in self.streams)
 
     def __getitem__(self, step: int) -> Any:
-        return self.part(step, range(self.rows))
+        return self.part(step, range(self.rows(step)))
 
     def part(self, step: int, rows: Sequence[int]) -> Any:
         """Rows in ascending order."""
-        each = self.streams[0].rows
+        each = self.streams[0].rows(step)
         chosen = [[r % each for r in rows if r // each == i] for i in range(len(self.streams))]
         parts = [s.part(step, some) for s, some in zip(self.streams, chosen, strict=True) if some]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
@@ -118,16 +144,21 @@ def sft_batches(
     response_length: int,
     prompt_weight: float,
     seed: int,
+    ways: int = 1,
 ) -> Batches[SftBatch]:
-    """`batches[step]` is an SftBatch [B, T]: prompt, response and end-of-text, padded on the right.
+    """`batches[step]` is an SftBatch [rows, T] of B examples: prompt, response and end-of-text, padded on the right.
 
+    Examples are packed: several share a row where they fit, and see nothing of each other, so that loss and gradient
+    are those of a row each. The number of rows is a multiple of `ways`, as is B.
     `weight_BT` is `prompt_weight` on the prompt, 1 on the response and its end-of-text, 0 on padding and on the first
     token. Every epoch visits each example once, in another order; a batch may reach into the next epoch.
     """
-    rows = _examples(examples, tokenizer, prompt_length, response_length)
-    width = _width((len(p) + len(q) for p, q in rows), prompt_length + response_length)
-    items = [(row,) for row in rows]
-    return _stream(items, batch_size, seed, lambda chosen: _sft(chosen, width, prompt_weight, tokenizer.pad_id))
+    texts = _examples(examples, tokenizer, prompt_length, response_length)
+    lengths = [len(p) + len(q) for p, q in texts]
+    width = _width(lengths, prompt_length + response_length)
+    usual = packing.capacity(lengths, batch_size, width, ways)
+    collate = lambda rows: _sft(rows, width, prompt_weight, tokenizer.pad_id)  # noqa: E731
+    return _Packed(_endless(texts, seed), batch_size, width, ways, usual, collate)
 
 
 def eval_sft_batches(
@@ -136,7 +167,7 @@ def eval_sft_batches(
     """All examples once, in order, with the number of valid rows of each batch; repeated rows weigh nothing."""
     rows = _examples(examples, tokenizer, prompt_length, response_length)
     for chosen, valid in _in_order(rows, batch_size):
-        batch = _sft(chosen, prompt_length + response_length, 0.0, tokenizer.pad_id)
+        batch = _sft([[text] for text in chosen], prompt_length + response_length, 0.0, tokenizer.pad_id)
         batch.weight_BT[valid:] = 0  # pyright: ignore[reportIndexIssue]
         yield batch, valid
 
@@ -150,10 +181,10 @@ def pair_batches(
     response_length: int,
     seed: int,
 ) -> Batches[PairBatch]:
-    """`batches[step]` is a PairBatch [2B, T]: chosen rows, then rejected ones, padded on the right."""
+    """`batches[step]` is a PairBatch [B, T]: prompt, chosen response, rejected response, padded on the right."""
     rows = _pairs(pairs, tokenizer, prompt_length, response_length)
-    width = _width((len(p) + len(q) for pair in rows for p, q in pair), prompt_length + response_length)
-    return _stream(rows, batch_size, seed, lambda chosen: _pair_batch(chosen, width, tokenizer.pad_id), sides=2)
+    width = _width((sum(map(len, row)) for row in rows), prompt_length + 2 * response_length)
+    return _stream(rows, batch_size, seed, lambda chosen: _pair_batch(chosen, width, tokenizer.pad_id))
 
 
 def prompt_batches(
@@ -162,8 +193,7 @@ def prompt_batches(
     """`batches[step]` is a PromptBatch [B, P], padded on the left; `index_B` is the place in `records`."""
     rows = list(enumerate(_prompts(records, tokenizer, prompt_length)))
     width = _width((len(p) for _, p in rows), prompt_length)
-    items = [(row,) for row in rows]
-    return _stream(items, batch_size, seed, lambda chosen: _prompt_batch(chosen, width, tokenizer.pad_id))
+    return _stream(rows, batch_size, seed, lambda chosen: _prompt_batch(chosen, width, tokenizer.pad_id))
 
 
 def eval_prompt_batches(
@@ -177,7 +207,7 @@ def eval_prompt_batches(
 
 def ids(records: Sequence[Record], *, batch_size: int, seed: int) -> Batches[list[str]]:
     """`ids[step]` names the records of that step's training batch, in its order, whatever kind of batch it is."""
-    return _stream([(r["id"],) for r in records], batch_size, seed, list)
+    return _stream([r["id"] for r in records], batch_size, seed, list)
 
 
 def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
@@ -195,15 +225,11 @@ def _ended(records: Sequence[Record], field: str, tokenizer: Tokenizer) -> list[
 
 def _pairs(
     records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int
-) -> list[tuple[Row, Row]]:
-    """Prompt and response of both sides."""
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Prompt, chosen response, rejected response."""
     found = list(records)
-    prompts = _prompts(found, tokenizer, prompt_length)
-    sides = [
-        [(p, q[:response_length]) for p, q in zip(prompts, _ended(found, side, tokenizer), strict=True)]
-        for side in ("chosen", "rejected")
-    ]
-    return list(zip(*sides, strict=True))
+    sides = ([q[:response_length] for q in _ended(found, side, tokenizer)] for side in ("chosen", "rejected"))
+    return list(zip(_prompts(found, tokenizer, prompt_length), *sides, strict=True))
 
 
 def _prompts(records: Iterable[Record], tokenizer: Tokenizer, prompt_length: int) -> list[list[int]]:
@@ -220,11 +246,12 @@ def _width(lengths: Iterable[int], at_most: int) -> int:
     return min(-(-max(lengths) // WIDTHS) * WIDTHS, at_most)
 
 
-def _stream(
-    items: Sequence[tuple], batch_size: int, seed: int, collate: Callable[[Sequence], Any], sides: int = 1
-) -> Any:
-    endless = grain.MapDataset.source(items).seed(seed).shuffle().repeat(None)
-    return _Stream(endless, batch_size, sides, collate)
+def _stream(items: Sequence, batch_size: int, seed: int, collate: Callable[[Sequence], Any]) -> Any:
+    return _Stream(_endless(items, seed), batch_size, collate)
+
+
+def _endless(items: Sequence, seed: int) -> Any:
+    return grain.MapDataset.source(items).seed(seed).shuffle().repeat(None)
 
 
 def _in_order(rows: list, batch_size: int) -> Iterator[tuple[list, int]]:
@@ -233,19 +260,26 @@ def _in_order(rows: list, batch_size: int) -> Iterator[tuple[list, int]]:
         yield chosen + [rows[0]] * (batch_size - len(chosen)), len(chosen)
 
 
-def _sft(rows: Sequence[Row], width: int, prompt_weight: float, pad_id: int) -> SftBatch:
-    tokens_BT, mask_BT = pad([p + q for p, q in rows], width, pad_id)
+def _sft(rows: Sequence[Sequence[Row]], width: int, prompt_weight: float, pad_id: int) -> SftBatch:
+    tokens_BT, mask_BT = pad([[i for p, q in texts for i in p + q] for texts in rows], width, pad_id)
     weight_BT = np.zeros_like(mask_BT)
-    for b, (p, q) in enumerate(rows):
-        weight_BT[b, : len(p)] = prompt_weight
-        weight_BT[b, len(p) : len(p) + len(q)] = 1
-    weight_BT[:, 0] = 0  # nothing comes before the first token to predict it from
+    for b, texts in enumerate(rows):
+        start = 0
+        for number, (p, q) in enumerate(texts, 1):
+            answer, end = start + len(p), start + len(p) + len(q)
+            mask_BT[b, start:end] = number
+            weight_BT[b, start:answer], weight_BT[b, answer:end] = prompt_weight, 1
+            weight_BT[b, start : start + 1] = 0  # nothing comes before the first token to predict it from
+            start = end
     return SftBatch(tokens_BT=tokens_BT, mask_BT=mask_BT, weight_BT=weight_BT)  # pyright: ignore[reportArgumentType]
 
 
-def _pair_batch(rows: Sequence[Row], width: int, pad_id: int) -> PairBatch:
-    both = _sft(rows, width, 0.0, pad_id)
-    return PairBatch(tokens_BT=both.tokens_BT, mask_BT=both.mask_BT, weight_BT=both.weight_BT)
+def _pair_batch(rows: Sequence[tuple[list[int], list[int], list[int]]], width: int, pad_id: int) -> PairBatch:
+    tokens_BT, mask_BT = pad([p + chosen + rejected for p, chosen, rejected in rows], width, pad_id)
+    for b, (p, chosen, rejected) in enumerate(rows):
+        ends = len(p), len(p) + len(chosen), len(p) + len(chosen) + len(rejected)
+        mask_BT[b, ends[0] : ends[1]], mask_BT[b, ends[1] : ends[2]] = CHOSEN, REJECTED
+    return PairBatch(tokens_BT=tokens_BT, mask_BT=mask_BT)  # pyright: ignore[reportArgumentType]
 
 
 def _prompt_batch(rows: Sequence[tuple[int, list[int]]], width: int, pad_id: int) -> PromptBatch:
