@@ -161,13 +161,37 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 def attention(
     arch: Architecture, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped queries; softmax in f32. Returns [B, T, H, K]."""
+    """Scaled dot-product attention with grouped queries; softmax in f32. Returns [B, T, H, K].
+
+    As many queries as keys are a whole sequence, of which none looks ahead, whatever the mask says: they are taken some
+    at a time, with the keys up to the last of them.
+    """
     B, T, H, K = q_BTHK.shape
-    G = k_BSGK.shape[2]
-    q = q_BTHK.reshape(B, T, G, H // G, K)
-    score = scaled(arch, jnp.einsum("btgqk,bsgk->bgqts", q, k_BSGK, preferred_element_type=jnp.float32))
-    weight = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], score, MASKED), axis=-1)
-    return jnp.einsum("bgqts,bsgk->btgqk", weight.astype(v_BSGK.dtype), v_BSGK).reshape(B, T, H, K)
+    S, G = k_BSGK.shape[1:3]
+    # Heads before positions: the products are then over whole matrices, which CPUs take twice as fast.
+    q_BGQTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k_BGSK, v_BGSK = k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
+    parts = []
+    for start, stop in _parts(T) if T == S else [(0, T)]:
+        keys = stop if T == S else S
+        mask_BTS1 = mask_BTS[:, None, None, start:stop, :keys]
+        parts.append(_attend(arch, q_BGQTK[..., start:stop, :], k_BGSK[:, :, :keys], v_BGSK[:, :, :keys], mask_BTS1))
+    return jnp.concatenate(parts, 3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _parts(length: int) -> list[tuple[int, int]]:
+    """A sequence in four parts or fewer, of a multiple of 64 positions each but for the last."""
+    size = 64 * -(-length // 256)
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _attend(arch: Architecture, q_BGQTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask: jax.Array) -> jax.Array:
+    score = scaled(arch, jnp.einsum("bgqtk,bgsk->bgqts", q_BGQTK, k_BGSK, preferred_element_type=jnp.float32))
+    score = jnp.where(mask, score, MASKED)
+    weight = jnp.exp(score - jax.lax.stop_gradient(score.max(-1, keepdims=True)))
+    # Divided last: K numbers a query instead of S.
+    out = jnp.einsum("bgqts,bgsk->bgqtk", weight.astype(v_BGSK.dtype), v_BGSK, preferred_element_type=jnp.float32)
+    return (out / weight.sum(-1, keepdims=True)).astype(v_BGSK.dtype)
 
 
 def positions(mask_BT: jax.Array) -> jax.Array:
