@@ -35,7 +35,8 @@ def get_config(variant: str = "llama-7b") -> ConfigDict:
     # 512 tokens in all (data_preprocessor.py), 300 of them for the response (rlhf_ppo.sh). There, PPO drops prompts of
     # more than 192 tokens; here, those of more than 212 lose their left end, which is counted.
     c.model.update(prompt_length=212, response_length=300, freeze_layers=0.0)
-    c.mesh.update(data=1, fsdp=-1)
+    if variant != "smoke":
+        c.mesh.update(data=1, fsdp=8, tensor=-1)  # its batches divide over 8; more chips divide the layers
     c.sft.batch_size = 128  # (sft.sh)
     c.sft.loop.update(steps=234, log_every=5, eval_every=78, save_every=78)  # 3 epochs of 10 000 (sft.sh)
     c.sft.optim.update(lr=2e-5, schedule="cosine", warmup=7, weight_decay=0.0)  # warm-up 3 % (sft.sh)

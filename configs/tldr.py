@@ -48,7 +48,7 @@ def get_config(variant: str = "opt-125m,full") -> ConfigDict:
     # Source at most 1024 tokens (summarisation_dataloader.py), new tokens at most 48 (README).
     c.model.update(prompt_length=1024, response_length=48, freeze_layers=0.8)
     if model == "llama-7b":
-        c.mesh.update(data=1, fsdp=-1)
+        c.mesh.update(data=1, fsdp=8, tensor=-1)  # its batches divide over 8; more chips divide the layers
     c.sft.batch_size = 16  # 2 x 8 accumulated, on each GPU (README)
     c.sft.loop.update(
         steps=POSTS[split] // 16, log_every=50, eval_every=250, save_every=100, keep=2
