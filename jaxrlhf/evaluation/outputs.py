@@ -98,13 +98,13 @@ def export(entries: Sequence[str], reference: str, folder: Path, log: Callable[[
     """Writes outputs as alpaca_eval's `model_outputs.json`, `folder/<name>/` each, the reference as one of them.
 
     alpaca_eval reads one output a prompt: further samples go to `model_outputs_2.json` and so on. Reading all of a
-    folder's files under one name gives the samples back.
+    folder's files under one name gives the samples back. What is odd in a file is for `evaluate` to say.
     """
     named = read_named(entries, "outputs") | ({"reference": [Path(reference)]} if reference else {})
     for name, paths in named.items():
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
             raise UserError(f"--outputs {name}: a folder is called so; take letters, digits, dot, plus and minus")
-        answers = read_answers(paths, name, log)
+        answers = read_answers(paths, name, lambda _: None)
         for i in range(len(next(iter(answers.responses.values())))):
             rows = [
                 {"dataset": answers.dataset[key], "instruction": key[0], "output": texts[i], "generator": name}
