@@ -7,8 +7,8 @@ from pathlib import Path
 
 from jaxrlhf.evaluation import figures, findings, tradeoff
 from jaxrlhf.evaluation.figures import Estimate
-from jaxrlhf.evaluation.findings import ALL, Found
-from jaxrlhf.evaluation.measures import CUT, Place
+from jaxrlhf.evaluation.findings import Found
+from jaxrlhf.evaluation.measures import ALL, CUT, Place
 
 
 def write(folder: Path, drawn: Mapping[str, bytes]) -> None:

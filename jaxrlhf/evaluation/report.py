@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.evaluation import captions, claims, explorer, figures, findings, page, pictures, samples, tables
+from jaxrlhf.evaluation import captions, claims, explorer, figures, findings, page, pictures, samples, sentences, tables
 from jaxrlhf.evaluation.figures import Estimate
-from jaxrlhf.evaluation.findings import ALL, Found
+from jaxrlhf.evaluation.findings import Found
+from jaxrlhf.evaluation.measures import ALL
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 from jaxrlhf.names import CLIMBERS, METHODS, POLICIES, TITLES, TRAINED
 
@@ -85,7 +86,7 @@ def write_report(workdir: Path) -> Path:
         "config": list(flat(config)),
         **{cut: [(s, k, n) for s, m in summaries.items() for k, n in m.get(cut, {}).items()] for cut in CUTS},
         "notes": [(k.replace("_", " "), n) for k, n in _json(workdir / "data" / "notes.json").items() if n],
-        "said": findings.sentences(found),
+        "said": sentences.of(found),
         "seen": {TITLES[s]: captions.curves(s, rows) for s, rows in metrics.items()}
         | {
             "accuracy": captions.accuracy(accuracy),
