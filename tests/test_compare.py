@@ -142,14 +142,14 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_outputs_are_read_where_they_still_are(tmp_path):
-    rows = [{"instruction": f"q{i}", "output": [f"w{i} and so on", f"v{i} and so"], "dataset": "d"} for i in range(3)]
+    rows = [{"instruction": f"q{i}", "output": [f"w{i} and so on", f"v{i} and so"], "dataset": "id"} for i in range(3)]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(rows))
     found = results.evaluate_outputs([f"mine={path}"], "", [], False, tmp_path / "out", print, 50)
     held, gone = samples.read(tmp_path / "out", found)
     assert gone == []
     prompts = {s: [r["prompt"] for r in records] for s, records in held["mine"].items()}
-    assert prompts == {s: ["q0", "q1", "q2"] for s in ("all", "d")}
+    assert prompts == {s: ["q0", "q1", "q2"] for s in ("all", "id")}
     path.write_text(json.dumps([*rows[:2], rows[2] | {"output": ["other", "v2 and so"]}]))
     assert "no longer holds the texts that were measured" in samples.read(tmp_path / "out", found)[1][0]
     path.unlink()

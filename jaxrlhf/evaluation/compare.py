@@ -39,6 +39,7 @@ def write_comparison(folders: Sequence[str], workdir: Path) -> None:
     read = {name: samples.read(Path(folder), runs[name]) for name, folder in paths.items()}
     measured = {name: _measured(texts, runs[name]) for name, (texts, _) in read.items()}
     remarks = [f"{name}/{line}" for name, (_, gone) in read.items() for line in gone]
+    remarks += [f"{name}, {line}" for name, run in runs.items() for line in run["notes"]]
     differences: list[dict[str, Any]] = []
     for other in others:
         dropped = list(_incomparable(read[other][0], read[base][0], runs[base]["judge"]))
@@ -161,7 +162,7 @@ def _across(
 
 def _kept(m: Measured, dropped: Sequence[measures.Place]) -> Measured:
     held = {p: v for p, v in m.means.items() if not any(p[: len(d)] == d for d in dropped)}
-    return Measured(m.prompts, held, m.sets, m.longer)
+    return Measured(m.prompts, held, m.sets, m.longer, m.by_length)
 
 
 def _unpaired(runs: Runs, a: str, b: str, found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -81,8 +81,12 @@ def _answers(record: Record) -> list[tuple[list[str], str]]:
     cut = pieces([_shown(t) for t in record["responses"][:ANSWERS]])
     columns = [(name, record[key]) for name, key in (("score", "scores"), ("gold", "gold")) if key in record]
     ended = record.get("finished", [True] * len(record["responses"]))
+    said = record.get("verdicts", [""] * len(record["responses"]))
     told = [
-        [f"{name} {values[i]:.2f}" for name, values in columns] + ["cut off"] * (not ended[i]) for i in range(len(cut))
+        [f"{name} {values[i]:.2f}" for name, values in columns]
+        + [said[i]] * bool(said[i])
+        + ["cut off"] * (not ended[i])
+        for i in range(len(cut))
     ]
     return [(parts, ", ".join(numbers)) for parts, numbers in zip(cut, told, strict=True)]
 

@@ -10,6 +10,7 @@ from typing import Any
 from jaxrlhf.evaluation import captions, claims, explorer, figures, findings, page, pictures, samples, sentences, tables
 from jaxrlhf.evaluation.figures import Estimate
 from jaxrlhf.evaluation.findings import Found
+from jaxrlhf.evaluation.judge import by_length
 from jaxrlhf.evaluation.measures import ALL
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 from jaxrlhf.names import CLIMBERS, METHODS, POLICIES, TITLES, TRAINED
@@ -143,6 +144,7 @@ def read_results(workdir: Path) -> Found:
         "differing": {},
         "sweep": {},
         "remarks": [],
+        "notes": [],
         "seeds": [],
         "missing": [],
     }
@@ -255,6 +257,8 @@ def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
     """What this page would show, and why it does not."""
     if ("win_rate",) not in found.places:
         yield "Win rates: nothing compared the outputs with a reference."
+    if by_length(str(found.results["judge"])) and ("win_rate",) in found.places:
+        yield "Length-controlled win rates: length itself is the judge, and the model follows only a smooth influence."
     if ("gold",) not in found.places:
         yield "Gold reward: only a task that knows the truth has one."
     if ("score",) not in found.places:
