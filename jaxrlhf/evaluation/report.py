@@ -242,10 +242,11 @@ def _cuts(found: Found) -> dict[str, tuple[int, float]]:
 
 
 def _by_length(found: Found) -> Iterator[tuple[str, list[str], list[tuple[str, list[Estimate | None]]]]]:
-    """Of each split: policies, and rows of a length in words with each policy's main per-input diversity."""
+    """Of each split: policies, and rows of a length in words with each policy's main diversity."""
     varied = findings.variety(found)
     for split in found.splits:
-        rows = found.results["diversity_by_length"].get(split, [])
+        held = found.results["diversity_by_length"].get(split, [])
+        rows = [row for row in held if varied and row.get("scope", "per_input") == varied[1]]
         policies = [p for p in found.looks if any(p in row["policies"] for row in rows)]
         if varied and policies:
             cells = [[row["policies"].get(p, {}).get(varied[2]) for p in policies] for row in rows]

@@ -101,6 +101,7 @@ def evaluate_outputs(
             **({"judge": judge.settings(judged_by)} if judged_by else {}),
         },
         **_estimates(measured, samples, cuts, resamples),
+        "diversity_by_length": variety.by_length(measured, resamples, texts, paper_compat),
         "comparisons": significance.corrected(contests.heads(jobs, resamples, by_length), null=0.5),
         **({"notes": notes} if notes else {}),
     }
@@ -148,6 +149,7 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
         "config": read_json(workdir / "config.json"),
         "sampling": {p: read_json(i) for p in samples if (i := workdir / "samples" / p / "info.json").exists()},
         **_estimates(measured, drawn, cuts, resamples),
+        "diversity_by_length": variety.by_length(measured, resamples, texts, c.paper_compat),
         "comparisons": significance.corrected(heads, null=0.5),
     }
     write_json(workdir / "results.json", found)
@@ -180,7 +182,6 @@ def _estimates(
         },
         "generalisation_gap": significance.corrected_gaps(gaps),
         "differences": significance.corrected(differences),
-        "diversity_by_length": variety.by_length(measured, resamples),
     }
 
 
