@@ -331,6 +331,6 @@ def test_one_answer_a_prompt_has_diversity_by_length_across_inputs(tmp_path, und
     results.evaluate_outputs([f"a={tmp_path / 'a.json'}"], "", [], False, tmp_path / "out", print, 50)
     said = " ".join(Page(written(tmp_path / "out")).text.split())
     assert "Across-input diversity of prompts whose responses are short, middling or long" in said
-    assert "those of the policy with the fewest there" in said
+    assert "as the one with the fewest there has" in said
     assert "3 to 3" in said
     assert "(n 20)" in said

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.evaluation import findings, measures, results, samples, significance
+from jaxrlhf.evaluation import findings, measures, results, samples, sentences, significance
 from jaxrlhf.evaluation.figures import label
 from jaxrlhf.evaluation.measures import CUT, WIN_RATE, Measured
 from jaxrlhf.evaluation.report import PARTS, flat, read_results
@@ -43,6 +43,7 @@ def write_comparison(folders: Sequence[str], workdir: Path) -> None:
         measured = {name: _measured(texts, runs[name], bar.update) for name, (texts, _) in read.items()}
     remarks = [f"{name}/{line}" for name, (_, gone) in read.items() for line in gone]
     remarks += [f"{name}, {line}" for name, run in runs.items() for line in run["notes"]]
+    remarks += [f"{name}, win rates with care: {why}." for name, run in runs.items() if (why := sentences.doubt(run))]
     differences: list[dict[str, Any]] = []
     for other in others:
         dropped = list(_incomparable(read[other][0], read[base][0], runs[base]["judge"]))

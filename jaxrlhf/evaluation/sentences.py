@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxrlhf.evaluation.figures import METRICS, SCOPES, Estimate, label
 from jaxrlhf.evaluation.findings import (
@@ -259,12 +259,18 @@ def _equally(found: Found, verdict: Verdict, cut: Verdict, words: Words, named: 
 
 def _doubt(found: Found, places: Sequence[Place]) -> str:
     """A warning where an LLM judge that contradicts itself decided what the sentence is about."""
-    e = found.results.get("judge_report", {}).get("consistency")
-    if not e or e["mean"] >= CONSISTENT or not any(p in JUDGED for p in places):
+    why = doubt(found.results) if any(p in JUDGED for p in places) else ""
+    return f" (with care: {why})" if why else ""
+
+
+def doubt(results: Mapping[str, Any]) -> str:
+    """Why win rates of an LLM judge say little, if it contradicts itself too often; else nothing."""
+    e = results.get("judge_report", {}).get("consistency")
+    if not e or e["mean"] >= CONSISTENT:
         return ""
     return (
-        f" (with care: the judge named the same winner in both orders on a share of only {e['mean']:.2f} of the pairs, "
-        "and a coin would on 0.50)"
+        f"the judge named the same winner in both orders on a share of only {e['mean']:.2f} of the pairs, and a coin "
+        "would on 0.50"
     )
 
 
