@@ -155,6 +155,8 @@ def test_names_that_do_not_fit_together(tmp_path):
     verdicts = write(tmp_path / "w.json", [{"instruction": "q0", "preference": 2}])
     with pytest.raises(UserError, match=r"--annotations n=.*no --outputs has that name; known are m"):
         measure(tmp_path, [f"m={a}"], annotations=[f"n={verdicts}"])
+    with pytest.raises(UserError, match=r"--annotations reference=.*known are m"):
+        measure(tmp_path, [f"m={a}"], a, [f"reference={verdicts}"])
     with pytest.raises(UserError, match=r"--outputs reference=.*kept for --reference"):
         measure(tmp_path, [f"reference={a}"], a)
     assert not (tmp_path / "out").exists()

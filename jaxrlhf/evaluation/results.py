@@ -220,9 +220,8 @@ def _verdicts(entries: Sequence[str], answers: Mapping[str, Answers], log: Log) 
     """Of each name, the verdicts on its own prompts."""
     named = given.read_named(entries, "annotations")
     for name in named:
-        if name not in answers:
-            known = ", ".join(n for n in answers if n != "reference")
-            raise UserError(f"--annotations {name}=…: no --outputs has that name; known are {known}")
+        if name not in (known := [n for n in answers if n != "reference"]):
+            raise UserError(f"--annotations {name}=…: no --outputs has that name; known are {', '.join(known)}")
     read = {name: [v for path in paths for v in given.read_verdicts(path)] for name, paths in named.items()}
     return {name: given.checked(held, answers[name], name, log) for name, held in read.items()}
 
