@@ -141,13 +141,14 @@ def read_verdicts(path: Path) -> list[Verdict]:
     return found
 
 
-def checked(verdicts: Sequence[Verdict], answers: Answers, name: str, log: Callable[[str], None]) -> list[Verdict]:
-    """The verdicts on a policy's own prompts; whether they are about its own texts is said, and so what is left out.
+def check(verdicts: Sequence[Verdict], answers: Answers, name: str, log: Callable[[str], None]) -> None:
+    """Says of each file of verdicts how many are about other texts or prompts than a policy's own; all count.
+
+    They are not refused: the verdicts that AlpacaEval published for falcon-7b-instruct are about falcon-40b-instruct.
 
     Raises:
-      UserError: of a file, no verdict is about a prompt of the policy, or more than half are about other texts.
+      UserError: of a file, no verdict is about a prompt of the policy.
     """
-    kept = []
     for path in dict.fromkeys(v.path for v in verdicts):
         held = [v for v in verdicts if v.path == path]
         mine = [v for v in held if v.key in answers.responses]
@@ -157,19 +158,13 @@ def checked(verdicts: Sequence[Verdict], answers: Answers, name: str, log: Calla
             raise UserError(f"{path}: none of its {len(held):,} verdicts is about a prompt of --outputs {name}{whose}")
         shown = [v for v in mine if v.text is not None]
         others = [v for v in shown if which(v, answers.responses[v.key]) is None]
-        if 2 * len(others) > len(shown):
-            raise UserError(
-                f"{path}: {len(others):,} of its {len(shown):,} verdicts are about other texts than those of --outputs "
-                f"{name}{whose}"
-            )
         if len(held) > len(mine):
             away = f"{len(held) - len(mine):,} of {len(held):,} verdicts"
-            log(f"{path}: {away} are about prompts that {name} does not answer and are left out")
+            log(f"{path}: {away} are about prompts that {name} does not answer; they count over all prompts")
         if others:
             away = f"{len(others):,} of {len(shown):,} verdicts"
-            log(f"{path}: {away} are about other texts than {name}'s; they count all the same")
-        kept += mine
-    return kept
+            most = "most likely another model's: " if 2 * len(others) > len(shown) else ""
+            log(f"{path}: {most}{away} are about other texts than {name}'s{whose}; they count all the same")
 
 
 def which(verdict: Verdict, responses: Sequence[str]) -> int | None:

@@ -69,7 +69,8 @@ def evaluate_outputs(
         found = answers[name]
         keys = [k for k, d in found.dataset.items() if split in (ALL, d)]
         m = measured[name][split] = Measured(keys, by_length=by_length)
-        if won := {k: outcomes[name][k] for k in keys if k in outcomes.get(name, {})}:
+        of_prompts = _ordered(outcomes.get(name, {}))
+        if won := {k: o for k, o in of_prompts.items() if split == ALL or found.dataset.get(k) == split}:
             m.add_mean(WIN_RATE, list(won), list(won.values()))
             held = answers["reference"].responses if "reference" in answers else {}
             known = {k: judge.longer(found.responses[k], held[k]) for k in keys if k in held}
@@ -223,7 +224,9 @@ def _verdicts(entries: Sequence[str], answers: Mapping[str, Answers], log: Log) 
         if name not in (known := [n for n in answers if n != "reference"]):
             raise UserError(f"--annotations {name}=…: no --outputs has that name; known are {', '.join(known)}")
     read = {name: [v for path in paths for v in given.read_verdicts(path)] for name, paths in named.items()}
-    return {name: given.checked(held, answers[name], name, log) for name, held in read.items()}
+    for name, held in read.items():
+        given.check(held, answers[name], name, log)
+    return read
 
 
 def _tell_lacking(answers: Mapping[str, Answers], log: Log) -> None:
