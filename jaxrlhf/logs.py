@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from jaxrlhf.files import write_text, writes
 
+SELDOM = 10.0  # seconds between two lines of a bar in a log
+
 
 def say(line: str) -> None:
     """One line of progress to standard error, above any bar."""
@@ -25,16 +27,17 @@ def say(line: str) -> None:
 def progress(title: str, total: int, done: int = 0, delay: float = 0.0, unit: str = "") -> tqdm:
     """A bar on standard error with the time left; in a log that is no terminal, a line every ten seconds or so.
 
-    With a `delay`, what is done within so many seconds shows no bar, and no bar stays behind. Large numbers of a `unit`
-    are shown in thousands and millions.
+    With a `delay`, what is done within so many seconds shows no bar, and no bar stays behind; a log's first line then
+    comes after the delay. Large numbers of a `unit` are shown in thousands and millions.
     """
     terminal = sys.stderr.isatty()
-    return tqdm(
+    lines = _Lines()
+    bar = tqdm(
         total=total,
         initial=done,
         desc=title,
-        file=sys.stderr if terminal else _Lines(),
-        mininterval=0.5 if terminal else 10,
+        file=sys.stderr if terminal else lines,
+        mininterval=0.5 if terminal else delay or SELDOM,
         delay=delay,
         leave=not delay,
         dynamic_ncols=terminal,
@@ -43,14 +46,20 @@ def progress(title: str, total: int, done: int = 0, delay: float = 0.0, unit: st
         unit_scale=bool(unit),
         disable=not writes(),
     )
+    lines.bar = bar
+    return bar
 
 
 class _Lines(io.TextIOBase):
-    """Standard error for a log: each state of a bar on a line of its own."""
+    """Standard error for a log: each state of a bar on a line of its own, and after the first one seldom."""
+
+    bar: tqdm | None = None
 
     def write(self, text: str) -> int:
         if line := text.strip("\r\n "):
             sys.stderr.write(f"{line}\n")
+            if self.bar is not None:
+                self.bar.mininterval = SELDOM
         return len(text)
 
     def flush(self) -> None:

@@ -101,14 +101,14 @@ def main(argv: list[str]) -> int:
 def _dispatch(argv: list[str]) -> None:
     command = argv[1] if len(argv) > 1 else "--help"
     if command in ("help", "-h", "--help", "--helpfull"):
-        print(USAGE, end="")
+        _tell(USAGE.rstrip())
         return
     others = {"import": _import, "export": _export, "plan": _plan, "bench": _bench}
     if command not in ("run", *STAGES, *others):
         raise UserError(f"{command!r} is no command; known are {', '.join(('run', *STAGES, *others))}")
     rest = [argv[0], *argv[2:]]
     if any(a in ("-h", "--help") for a in rest):
-        print(USAGE, end="")
+        _tell(USAGE.rstrip())
     elif command in others:
         others[command](rest)
     elif command == "evaluate" and not _has(rest, "config"):
@@ -117,6 +117,14 @@ def _dispatch(argv: list[str]) -> None:
         _report(rest)
     else:
         _run_stages(command, rest)
+
+
+def _tell(text: str) -> None:
+    """Prints, though nobody reads on: `head` leaves early, and what was done is done."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def _has(argv: list[str], flag: str) -> bool:
@@ -196,7 +204,7 @@ def _evaluate_outputs(argv: list[str]) -> None:
         nli_model=parsed.nli_model,
         judged_by=Judge(parsed.judge, **{k: parsed[_judge_flag(k)].value for k in settings}) if parsed.judge else None,
     )
-    print(results.table(found))
+    _tell(results.table(found))
     say(f"{parsed.workdir}/results.json written; `jaxrlhf report --workdir={parsed.workdir}` draws it")
 
 
@@ -219,7 +227,7 @@ def _report(argv: list[str]) -> None:
         missing = seeds.write_combined(parsed.seeds, Path(parsed.workdir))["missing"]
         if missing:
             say(f"{len(missing)} parts are not in every seed and have no mean over seeds; the report names them")
-    print(report.write_report(Path(parsed.workdir)))
+    _tell(str(report.write_report(Path(parsed.workdir))))
 
 
 def _import(argv: list[str]) -> None:
@@ -231,7 +239,7 @@ def _import(argv: list[str]) -> None:
         raise UserError("--from=DIR is missing: a Hugging Face directory or hub id, for example facebook/opt-125m")
     from jaxrlhf import exchange
 
-    print(exchange.import_base(source, Path(workdir)))
+    _tell(str(exchange.import_base(source, Path(workdir))))
     say(f"{workdir}/base written; `jaxrlhf run --config=RECIPE --workdir={workdir}` starts from it")
 
 
@@ -273,7 +281,7 @@ def _plan(argv: list[str]) -> None:
         if stage not in due:
             raise UserError(f"--stages={stage}: the recipe's are {', '.join(due)}")
     how = plan_search.told if values["search"].value else plan.told
-    print(how(experiment, str(values["topology"].value), stages, bool(values["json"].value)))
+    _tell(how(experiment, str(values["topology"].value), stages, bool(values["json"].value)))
 
 
 def _bench(argv: list[str]) -> None:
@@ -307,12 +315,12 @@ def _bench(argv: list[str]) -> None:
         say(f"{w.step}, {w.experiment.name}, {w.experiment.model.freeze_layers:g} frozen{lengths}")
         found.append(command.measure(w, repeats, with_peers=config is None))
         if what != "all":
-            print(json.dumps(found[-1]), flush=True)
+            _tell(json.dumps(found[-1]))
     if what == "all":
-        print(command.table(found), flush=True)
+        _tell(command.table(found))
     if what in ("start", "all"):
         started = command.measure_start(work("ppo"))
-        print(json.dumps(started) if what == "start" else f"\n{command.start_line(started)}")
+        _tell(json.dumps(started) if what == "start" else f"\n{command.start_line(started)}")
 
 
 def _run_stages(command: str, argv: list[str]) -> None:

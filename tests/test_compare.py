@@ -142,14 +142,14 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_outputs_are_read_where_they_still_are(tmp_path):
-    rows = [{"instruction": f"q{i}", "output": [f"w{i} and so on", f"v{i} and so"], "dataset": "d"} for i in range(3)]
+    rows = [{"instruction": f"q{i}", "output": [f"w{i} and so on", f"v{i} and so"], "dataset": "id"} for i in range(3)]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(rows))
     found = results.evaluate_outputs([f"mine={path}"], "", [], False, tmp_path / "out", print, 50)
     held, gone = samples.read(tmp_path / "out", found)
     assert gone == []
     prompts = {s: [r["prompt"] for r in records] for s, records in held["mine"].items()}
-    assert prompts == {s: ["q0", "q1", "q2"] for s in ("all", "d")}
+    assert prompts == {s: ["q0", "q1", "q2"] for s in ("all", "id")}
     path.write_text(json.dumps([*rows[:2], rows[2] | {"output": ["other", "v2 and so"]}]))
     assert "no longer holds the texts that were measured" in samples.read(tmp_path / "out", found)[1][0]
     path.unlink()
@@ -163,3 +163,17 @@ def test_a_sample_that_is_no_text_is_refused(tmp_path):
     write_records(tmp_path / "samples" / "ppo" / "id.jsonl", [{"id": 1, "prompt": "p", "responses": ["x", 3]}])
     with pytest.raises(UserError, match=r"id\.jsonl, record 1: the prompt must be a text"):
         report.write_report(tmp_path)
+
+
+def test_what_was_odd_in_the_files_of_a_run_is_said_of_the_comparison(tmp_path):
+    for name, texts in (("x", ["a b", "c"]), ("y", ["a", ""])):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps([{"instruction": f"q{i}", "output": t} for i, t in enumerate(texts)]))
+        told = results.evaluate_outputs([f"m={path}"], "", [], False, tmp_path / name, lambda _: None, 50)
+        if name == "x":
+            low = {"consistency": {"mean": 0.52, "low": 0.4, "high": 0.6, "n": 90}}
+            write_json(tmp_path / name / "results.json", told | {"judge_report": low})
+    compare.write_comparison([str(tmp_path / "x"), str(tmp_path / "y")], tmp_path / "both")
+    remarks = json.loads((tmp_path / "both" / "results.json").read_text())["remarks"]
+    assert f"y, {tmp_path}/y.json: 1 of 2 answers are empty; they are measured as they are" in remarks
+    assert any(r.startswith("x, win rates with care: the judge named the same winner") for r in remarks)

@@ -170,6 +170,8 @@ def test_a_recipe_with_the_length_judge_compares_all_responses(tmp_path):
     recipe(tmp_path)
     found = results.evaluate_samples(tmp_path, Experiment(evaluation=Evaluation("length", bootstrap=100)))
     assert wins(found["policies"])["sft"]["id"] == 0.25  # "x" loses, "x x" draws
+    assert not any("length_controlled" in c for c in found["comparisons"])
+    assert not any("length_controlled" in m for splits in found["policies"].values() for m in splits.values())
 
 
 def test_config_keys():

@@ -1,6 +1,8 @@
 """The command line as a user meets it: exit status, one line, nothing half-written."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from encoder_directories import TINY
@@ -150,3 +152,37 @@ def test_a_launcher_can_tell_a_stop_from_the_end(monkeypatch, capsys):
     monkeypatch.setenv("JAXRLHF_RESTARTS", "1")
     assert main(["jaxrlhf", "run"]) == 75
     assert capsys.readouterr().err == "stopped at step 3 of 9; the same command goes on\n" * 2
+
+
+def test_a_reader_that_leaves_early_takes_nothing(tmp_path):
+    """More than a pipe holds goes to a reader that closes it at once."""
+    rows = [{"instruction": f"q{i}", "output": "a cat", "dataset": f"{'d' * 200}{i}"} for i in range(400)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    program = "import sys; from jaxrlhf.main import console; console()"
+    argv = ["evaluate", f"--outputs=m={tmp_path}/a.json", f"--workdir={tmp_path}/out"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    assert "BrokenPipe" not in err
+    assert "results.json written" in err
+
+
+def test_an_oddity_is_told_once_though_the_files_are_exported_too(tmp_path, capfd):
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"instruction": "q", "output": ""}, {"instruction": "r", "output": "x"}])
+    )
+    argv = [f"--outputs=m={tmp_path}/a.json", f"--workdir={tmp_path}/out", f"--export_alpaca_eval={tmp_path}/ae"]
+    assert main(["jaxrlhf", "evaluate", *argv]) == 0
+    assert capfd.readouterr().err.count("1 of 2 answers are empty") == 1
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", '[{"a": 1}]'), ("a.jsonl", '{"a": 1}\n')])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_records(tmp_path / name) == [{"a": 1}]

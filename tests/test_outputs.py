@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrlhf.evaluation.outputs import read_answers, read_longer, read_named, read_verdicts
+from jaxrlhf.evaluation.outputs import check, longer, outcomes, read_answers, read_named, read_verdicts
 from jaxrlhf.evaluation.statistics import win_rate
 from jaxrlhf.files import UserError
 
@@ -110,13 +110,14 @@ def test_bad_lines_and_empty_files_are_named(tmp_path):
 
 def test_verdicts_by_hand(tmp_path):
     # 1.25 is a judge that gives output_2 a chance of a quarter
-    found = list(read_verdicts([verdicts(tmp_path, [2, 1, 1.5, 0, None, 2.0, 1.25])]).values())
-    assert found == [("d", x) for x in (1.0, 0.0, 0.5, 0.5, 1.0, 0.25)]
+    found = outcomes(read_verdicts(verdicts(tmp_path, [2, 1, 1.5, 0, None, 2.0, 1.25])))
+    assert found == {(f"q{i}", 0): x for i, x in zip((0, 1, 2, 3, 5, 6), (1, 0, 0.5, 0.5, 1, 0.25), strict=True)}
 
 
 def test_verdicts_on_several_samples_of_a_prompt_are_one_item(tmp_path):
     files = [verdicts(tmp_path, [2, 1, None, 2], "v"), verdicts(tmp_path, [2, 2, 1, None], "w")]
-    assert list(read_verdicts(files).values()) == [("d", 1.0), ("d", 0.5), ("d", 1.0), ("d", 0.0)]
+    found = outcomes([v for path in files for v in read_verdicts(path)])
+    assert found == {("q0", 0): 1.0, ("q1", 0): 0.5, ("q3", 0): 1.0, ("q2", 0): 0.0}
 
 
 def test_lengths_are_those_of_the_texts_that_were_judged(tmp_path):
@@ -126,23 +127,74 @@ def test_lengths_are_those_of_the_texts_that_were_judged(tmp_path):
         {"instruction": "r", "preference": None, "output_1": "a", "output_2": "b"},
         {"instruction": "s", "preference": 1, "output_1": "a"},
     ]
-    path = write(tmp_path / "v.json", rows)
-    assert read_longer([path]) == {("q", 0): -2.0, ("q", 1): 3.0}
+    first = read_verdicts(write(tmp_path / "v.json", rows))
+    assert longer(first) == {("q", 0): -2.0, ("q", 1): 3.0}
     rows[0]["output_2"] = "abcde"
-    assert read_longer([path, write(tmp_path / "w.json", rows)])[("q", 0)] == 0.0
+    assert longer(first + read_verdicts(write(tmp_path / "w.json", rows)))[("q", 0)] == 0.0
+
+
+def judged(tmp_path, texts, first=0, generator="other"):
+    """A file of verdicts on `texts`, of which None is none, as answers to q<first>, q<first + 1>, …"""
+    rows = [
+        {"instruction": f"q{i}", "preference": 2, "generator_2": generator} for i in range(first, first + len(texts))
+    ]
+    rows = [r | ({} if t is None else {"output_2": t}) for r, t in zip(rows, texts, strict=True)]
+    return write(tmp_path / "v.json", rows)
+
+
+def asked(tmp_path, texts, first=0):
+    rows = [{"instruction": f"q{i}", "output": t} for i, t in enumerate("abcd")]
+    own, lines = answers([write(tmp_path / "a.json", rows)])
+    check(read_verdicts(judged(tmp_path, texts, first)), own, "m", lines.append)
+    return lines
+
+
+def test_verdicts_on_a_policy_s_own_texts_are_taken_without_a_word(tmp_path):
+    for texts in (["a", " b\n", "c", "d"], [None] * 4, ["a"]):
+        assert asked(tmp_path, texts) == []
+
+
+def test_verdicts_on_some_other_texts_and_prompts_are_told_of(tmp_path):
+    assert asked(tmp_path, ["b", "x", "d", "e", "f"], first=1) == [  # q4 and q5 are nobody's
+        f"{tmp_path}/v.json: 2 of 5 verdicts are about prompts that m does not answer; they count over all prompts",
+        f"{tmp_path}/v.json: 1 of 3 verdicts are about other texts than m's; generator_2 is other there; they count "
+        "all the same",
+    ]
+
+
+def test_another_model_s_verdicts_are_told_of_and_those_on_other_prompts_alone_refused(tmp_path):
+    for texts, count in ((["a", "x", "y", "z"], "3 of 4"), (["a", "x", "y", None], "2 of 3")):
+        (line,) = asked(tmp_path, texts)
+        assert f"v.json: most likely another model's: {count} verdicts are about other texts than m's" in line
+    assert "most likely" not in asked(tmp_path, ["a", "x", "c", "y"])[0]  # half is not most
+    with pytest.raises(
+        UserError, match=r"v\.json: none of its 2 verdicts .* a prompt of --outputs m; generator_2 is other"
+    ):
+        asked(tmp_path, ["a", "b"], first=7)
+
+
+@needs_data
+def test_published_verdicts_that_are_another_model_s_are_told_of():
+    own, lines = answers([DATA / "outputs" / "falcon-7b-instruct.json"])
+    check(read_verdicts(DATA / "annotations" / "falcon-7b-instruct.json"), own, "m", lines.append)
+    assert "most likely another model's: 800 of 805" in lines[-1]
+    assert "generator_2 is falcon-40b-instruct there" in lines[-1]
+    own, lines = answers([DATA / "outputs" / "text_davinci_001.json"])
+    check(read_verdicts(DATA / "annotations" / "text_davinci_001.json"), own, "m", lines.append)
+    assert "2 of 804 verdicts are about prompts that m does not answer" in lines[-1]  # one of 805 is null
 
 
 @pytest.mark.parametrize("preference", [3, 0.5, -1, True, "2", [1], {"a": 1}, float("nan")])
 def test_bad_verdicts_are_named(tmp_path, preference):
     with pytest.raises(UserError, match=r"v\.json, record 2: preference is .*; known are 1 "):
-        read_verdicts([verdicts(tmp_path, [2, preference])])
+        read_verdicts(verdicts(tmp_path, [2, preference]))
 
 
 def test_verdicts_that_are_none(tmp_path):
     with pytest.raises(UserError, match=r"v\.json: no verdict in it"):
-        read_verdicts([verdicts(tmp_path, [None, None])])
+        read_verdicts(verdicts(tmp_path, [None, None]))
     with pytest.raises(UserError, match="record 1: no field 'instruction'"):
-        read_verdicts([write(tmp_path / "w.json", [{"preference": 2}])])
+        read_verdicts(write(tmp_path / "w.json", [{"preference": 2}]))
 
 
 @needs_data
@@ -152,7 +204,7 @@ def test_published_win_rates():
     assert models
     for model in models:
         wanted = published[model]
-        e = win_rate(np.array([o for _, o in read_verdicts([DATA / "annotations" / f"{model}.json"]).values()]))
+        e = win_rate(np.array(list(outcomes(read_verdicts(DATA / "annotations" / f"{model}.json")).values())))
         assert 100 * e["mean"] == pytest.approx(wanted["win_rate"], abs=1e-6)
         assert 100 * e["se"] == pytest.approx(wanted["standard_error"], abs=1e-6)
         assert e["n"] == wanted["n_total"]

@@ -323,3 +323,14 @@ def test_results_without_cuts_or_lengths_have_no_such_section(tmp_path, undrawn)
     said = written(outputs_workdir(tmp_path))
     assert "<h3>At equal length" not in said
     assert "<h3>By length" not in said
+
+
+def test_one_answer_a_prompt_has_diversity_by_length_across_inputs(tmp_path, undrawn):
+    rows = [{"instruction": f"q{i}", "output": " ".join(f"w{i}{w}" for w in range(1 + i // 20))} for i in range(60)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    results.evaluate_outputs([f"a={tmp_path / 'a.json'}"], "", [], False, tmp_path / "out", print, 50)
+    said = " ".join(Page(written(tmp_path / "out")).text.split())
+    assert "Across-input diversity of prompts whose responses are short, middling or long" in said
+    assert "as the one with the fewest there has" in said
+    assert "3 to 3" in said
+    assert "(n 20)" in said

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import Evaluation, Experiment
-from jaxrlhf.evaluation import results
+from jaxrlhf.evaluation import explorer, report, results
+from jaxrlhf.evaluation import samples as samples_
 from jaxrlhf.evaluation.generalisation import comparisons, outcomes
 from jaxrlhf.evaluation.judge import Judge
 from jaxrlhf.evaluation.length_bias import length_controlled
-from jaxrlhf.evaluation.measures import Measured, against_each_other, differences, gap, gap_differences
+from jaxrlhf.evaluation.measures import Measured, against_each_other, differences, gap, gap_differences, walk
 from jaxrlhf.files import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
@@ -117,7 +118,12 @@ def test_no_number_hangs_on_the_order_of_the_records(tmp_path, judge):
             records = [{"instruction": f"q{i}", "output": rows[i], "dataset": ("id", "far")[i % 2]} for i in order]
             write(folder / f"{name}.json", records)
         verdicts = [
-            {"instruction": f"q{i}", "preference": preference[i], "output_1": "r" * (i % 4), "output_2": "s"}
+            {
+                "instruction": f"q{i}",
+                "preference": preference[i],
+                "output_1": "r" * (i % 4),
+                "output_2": texts["a"][i][0],
+            }
             for i in order
         ]
         annotations = [] if judge else [f"a={write(folder / 'v.json', verdicts)}"]
@@ -149,6 +155,8 @@ def test_names_that_do_not_fit_together(tmp_path):
     verdicts = write(tmp_path / "w.json", [{"instruction": "q0", "preference": 2}])
     with pytest.raises(UserError, match=r"--annotations n=.*no --outputs has that name; known are m"):
         measure(tmp_path, [f"m={a}"], annotations=[f"n={verdicts}"])
+    with pytest.raises(UserError, match=r"--annotations reference=.*known are m"):
+        measure(tmp_path, [f"m={a}"], a, [f"reference={verdicts}"])
     with pytest.raises(UserError, match=r"--outputs reference=.*kept for --reference"):
         measure(tmp_path, [f"reference={a}"], a)
     assert not (tmp_path / "out").exists()
@@ -366,3 +374,76 @@ def test_measuring_imports_no_jax():
         "sys.exit(bool({'jax', 'flax', 'matplotlib', 'scipy', 'torch', 'requests'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_split_is_that_of_the_prompt_and_not_of_the_verdict(tmp_path):
+    """alpaca_eval's verdicts may have another `dataset`, or none."""
+    a = answers(tmp_path, "a", ["x", "y", "z", "w"], ["id", "id", "far", "far"])
+    verdicts = [{"instruction": f"q{i}", "preference": p, "dataset": "koala"} for i, p in enumerate([2, 2, 1, 1.5])]
+    found, _ = measure(tmp_path, [f"a={a}"], annotations=[f"a={write(tmp_path / 'v.json', verdicts)}"])
+    assert {s: m["win_rate"]["mean"] for s, m in found["policies"]["a"].items()} == {"all": 0.625, "far": 0.25, "id": 1}
+    assert found["generalisation_gap"]["a"]["far"]["win_rate"]["mean"] == 0.75
+
+
+def test_prompts_that_others_answered_are_counted_and_told_of(tmp_path):
+    b, c = (answers(tmp_path, n, ["x y", "y", "z"]) for n in "bc")
+    found, lines = measure(tmp_path, [f"a={answers(tmp_path, 'a', list('xyzvw'))}", f"b={b}"], c)
+    assert lines == [
+        "b, reference: no answer to 2 of the 5 prompts of all files; two are compared on the prompts that both "
+        "answered, and across inputs only where all prompts are the same"
+    ]
+    assert found["notes"] == lines
+    assert "notes" not in measure(tmp_path, [f"b={b}"], c)[0]
+    page = report.write_report(tmp_path / "out")
+    assert "no answer to" not in page.read_text()
+    measure(tmp_path, [f"a={answers(tmp_path, 'a', list('xyzvw'))}", f"b={b}"], c)
+    assert f"<li>{lines[0]}</li>" in report.write_report(tmp_path / "out").read_text()
+
+
+def test_a_split_of_all_prompts_is_not_counted_twice(tmp_path):
+    def splits(a, b):
+        outputs = [f"{n}={answers(tmp_path, n, ['x', 'x y', n], d)}" for n, d in (("a", a), ("b", b))]
+        found, _ = measure(tmp_path, outputs)
+        return {p: list(s) for p, s in found["policies"].items()}, found["differences"][0]["length"]["family"]
+
+    assert splits(["d"] * 3, ["e"] * 3) == ({"a": ["all"], "b": ["all"]}, 1)
+    assert splits(["id"] * 3, ["ood_x"] * 3)[0] == {"a": ["all", "id"], "b": ["all", "ood_x"]}
+    # What is a part of some policy's prompts is compared, though it is all of another's.
+    assert splits(["d"] * 3, ["d", "d", "e"])[0] == {"a": ["all", "d"], "b": ["all", "d", "e"]}
+    assert splits(["d", "d", ""], ["d", "d", ""])[0] == {"a": ["all", "d"], "b": ["all", "d"]}
+
+
+def test_the_judge_length_has_no_win_rate_at_equal_length(tmp_path):
+    files = {n: answers(tmp_path, n, [w * (i + 1) for i in range(6)]) for n, w in (("a", "x "), ("b", "x y "))}
+    found = results.evaluate_outputs(
+        [f"a={files['a']}"], files["b"], [], False, tmp_path / "out", print, 50, judged_by=Judge("length")
+    )
+    m = found["policies"]["a"]["all"]
+    assert m["win_rate"]["mean"] == 0
+    assert "win_rate_by_length" in m
+    assert not any("length_controlled" in place for place, _ in walk(found["policies"]))
+    other = answers(tmp_path, "c", ["z"] * 6)
+    heads = results.evaluate_outputs(
+        [f"a={files['a']}", f"c={other}"], "", [], False, tmp_path / "out", print, 50, judged_by=Judge("length")
+    )["comparisons"]
+    assert heads[0]["win_rate"]["mean"] < 0.5
+    assert "length_controlled" not in heads[0]
+    page = report.write_report(tmp_path / "out").read_text()
+    assert "a smooth influence of length only" in page
+
+
+def test_answers_are_shown_with_what_was_said_of_them(tmp_path):
+    outputs = answers(tmp_path, "a", [["u", "a"], ["v", "w"], ["x", "a"], ["y", "a"]])
+    rows = [("u", 2), ("w", 1), ("x", 1.25), ("other", 2)]
+    verdicts = [{"instruction": f"q{i}", "preference": p, "output_2": t} for i, (t, p) in enumerate(rows)]
+    found, _ = measure(tmp_path, [f"a={outputs}"], annotations=[f"a={write(tmp_path / 'v.json', verdicts)}"])
+    held, gone = samples_.read(tmp_path / "out", found)
+    assert gone == []
+    told = [["won", ""], ["", "lost"], ["chance to win 0.25", ""]]
+    assert [r.get("verdicts") for r in held["a"]["all"]] == [*told, None]
+    shown = explorer.embedded(held, {"all": "all"})[0]["prompts"]
+    assert [[words for _, words in q["answers"]["a"]] for q in shown] == [*told, ["", ""]]
+    (tmp_path / "v.json").unlink()
+    held, gone = samples_.read(tmp_path / "out", found)
+    assert not any("verdicts" in r for r in held["a"]["all"])
+    assert gone == [f"a, its verdicts: {tmp_path}/v.json: no such file."]

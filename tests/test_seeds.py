@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report_workdirs import around, recipe_results
 
-from jaxrlhf.evaluation import findings, pictures, report, seeds
+from jaxrlhf.evaluation import pictures, report, seeds, sentences
 from jaxrlhf.files import UserError, write_json
 from jaxrlhf.main import main
 
@@ -139,8 +139,8 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 def verdicts(**estimates):
     found = report.Found({"seeds": []}, {}, {s: s for s in estimates}, [])
-    words = findings.Words("beats SFT", "loses to SFT", "is not told apart from SFT")
-    return list(findings._said(found, "PPO", {("gold",): estimates}, words))
+    words = sentences.Words("beats SFT", "loses to SFT", "is not told apart from SFT")
+    return list(sentences._said(found, "PPO", {("gold",): estimates}, words))
 
 
 def judged(mean, p_holm, **more):

@@ -37,7 +37,7 @@ def test_one_item_and_constant_items_are_finite():
         e = mean_estimate(np.array(values))
         assert e["low"] == e["mean"] == e["high"] == values[0]
     assert win_rate(np.array([1.0]))["se"] == 0
-    assert win_rate(np.array([0.5])) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 1, "se": 0.0}
+    assert win_rate(np.array([0.5])) == {"mean": 0.5, "n": 1, "se": 0.0} | _half_way(1)
     assert jackknife(0.3, np.array([0.0])) == {"mean": 0.3, "low": 0.3, "high": 0.3, "n": 1}
     assert jackknife(1.0, np.ones(5), UNIT) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 5}
 
@@ -58,6 +58,21 @@ def test_win_rate_intervals_are_wilson_s_draws_count_as_more_items():
     centre, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
     assert (e["low"], e["high"]) == pytest.approx(((centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)))
     assert e["n"] == 12
+
+
+def _half_way(n):
+    """Wilson's interval around 0.5: half its width is z / (2 sqrt(n + z^2))."""
+    half = 1.959963984540054 / (2 * math.sqrt(n + 1.959963984540054**2))
+    return {"low": pytest.approx(0.5 - half), "high": pytest.approx(0.5 + half)}
+
+
+def test_draws_alone_are_no_certainty():
+    e = win_rate(np.full(10, 0.5))
+    assert (e["mean"], e["n"], e["se"]) == (0.5, 10, 0.0)
+    assert {k: e[k] for k in ("low", "high")} == _half_way(10)
+    assert e["high"] == pytest.approx(0.7634, abs=1e-4)
+    # as many wins among wins and losses: 3 of 12
+    assert {k: x for k, x in win_rate(np.full(12, 0.25)).items() if k != "se"} == wilson(3, 12)
 
 
 def test_the_same_items_give_the_same_interval():

@@ -73,8 +73,28 @@ def test_by_length_compares_policies_at_like_lengths():
     assert not any(name.endswith("_cut") for name in middle["a"])
 
 
-def test_by_length_takes_several_responses_and_several_lengths():
+def test_by_length_takes_several_lengths():
     measured, _ = measure({"a": [["x y"], ["x"]]})
     assert by_length(measured, 50) == {}
     measured, _ = measure({"a": [["x y", "y x"], ["x z", "x x"]]})
     assert [row["words"] for row in by_length(measured, 50)["all"]] == [[2, 2]]
+
+
+def test_by_length_of_one_response_a_prompt_takes_as_many_prompts_of_each_policy():
+    """a says the same words again and again, b new ones; 40 and 30 of 2 words, 40 and 50 of more."""
+    a = [["same words"]] * 40 + [[words(9, "x")]] * 30 + [[words(5)]] * 10
+    b = [[f"new{i} word{i}"] for i in range(30)] + [[words(9, f"y{i}_")] for i in range(50)]
+    measured, _ = measure({"a": a, "b": b})
+    texts = {"a": {"all": a}, "b": {"all": b}}
+    first, last = by_length(measured, 50, texts)["all"]
+    assert (first["scope"], first["words"], last["words"]) == ("across_input", [2, 2], [5, 9])
+    assert {p: m["ead"]["n"] for p, m in first["policies"].items()} == {"a": 30, "b": 30}
+    # n = 1: 2 of 60 words; n = 2: 1 of 30; none of the others
+    assert first["policies"]["a"]["distinct"]["mean"] == pytest.approx(2 * (1 / 30) / 5)
+    assert first["policies"]["b"]["distinct"]["mean"] == pytest.approx(2 / 5)
+    assert first["policies"]["b"]["length"]["mean"] == 2
+    assert {p: m["ead"]["n"] for p, m in last["policies"].items()} == {"a": 40, "b": 40}
+    few = {"a": {"all": a[:19]}, "b": {"all": b}}
+    measured, _ = measure({p: t["all"] for p, t in few.items()})
+    rows = by_length(measured, 50, few)["all"]
+    assert [list(row["policies"]) for row in rows] == [["b"], ["b"]]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.evaluation import findings, measures, results, samples, significance
+from jaxrlhf.evaluation import findings, measures, results, samples, sentences, significance
 from jaxrlhf.evaluation.figures import label
 from jaxrlhf.evaluation.measures import CUT, WIN_RATE, Measured
 from jaxrlhf.evaluation.report import PARTS, flat, read_results
 from jaxrlhf.evaluation.samples import Record, Samples
 from jaxrlhf.files import UserError, read_json, read_records, write_json
+from jaxrlhf.logs import progress
 
 Runs = Mapping[str, Mapping[str, Any]]  # name -> results.json
 BY_NUMBERS = ("gold", "reward")  # judges whose verdicts are in the samples
@@ -37,8 +38,12 @@ def write_comparison(folders: Sequence[str], workdir: Path) -> None:
     _check_alike(runs, paths)
     base, *others = runs
     read = {name: samples.read(Path(folder), runs[name]) for name, folder in paths.items()}
-    measured = {name: _measured(texts, runs[name]) for name, (texts, _) in read.items()}
+    jobs = sum(bool(r) for texts, _ in read.values() for splits in texts.values() for r in splits.values())
+    with progress("measuring all runs", jobs, delay=2) as bar:
+        measured = {name: _measured(texts, runs[name], bar.update) for name, (texts, _) in read.items()}
     remarks = [f"{name}/{line}" for name, (_, gone) in read.items() for line in gone]
+    remarks += [f"{name}, {line}" for name, run in runs.items() for line in run["notes"]]
+    remarks += [f"{name}, win rates with care: {why}." for name, run in runs.items() if (why := sentences.doubt(run))]
     differences: list[dict[str, Any]] = []
     for other in others:
         dropped = list(_incomparable(read[other][0], read[base][0], runs[base]["judge"]))
@@ -103,7 +108,7 @@ def _check_alike(runs: Runs, paths: Mapping[str, str]) -> None:
                 )
 
 
-def _measured(texts: Samples, run: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
+def _measured(texts: Samples, run: Mapping[str, Any], done: Callable[[], Any]) -> dict[str, dict[str, Measured]]:
     """Policy -> split -> what was measured, prompt by prompt, as far as the samples carry it."""
     config = dict(flat(run["config"]))
     compat = config.get("evaluation.paper_compat", config.get("paper_compat")) == "True"
@@ -114,6 +119,7 @@ def _measured(texts: Samples, run: Mapping[str, Any]) -> dict[str, dict[str, Mea
         m, _ = results.numbers(held, by)
         m.add_texts([r["responses"] for r in held], compat)
         found.setdefault(policy, {})[split] = m
+        done()
     return found
 
 
@@ -161,7 +167,7 @@ def _across(
 
 def _kept(m: Measured, dropped: Sequence[measures.Place]) -> Measured:
     held = {p: v for p, v in m.means.items() if not any(p[: len(d)] == d for d in dropped)}
-    return Measured(m.prompts, held, m.sets, m.longer)
+    return Measured(m.prompts, held, m.sets, m.longer, m.by_length)
 
 
 def _unpaired(runs: Runs, a: str, b: str, found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

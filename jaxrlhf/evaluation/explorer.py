@@ -10,6 +10,7 @@ from typing import Any
 from jaxrlhf.evaluation.figures import visible
 from jaxrlhf.evaluation.ngrams import WORDS
 from jaxrlhf.evaluation.samples import Record, Samples
+from jaxrlhf.logs import progress
 
 SHARED = 3  # words in a row that another answer has too
 PROMPTS, ANSWERS, LETTERS = 100, 16, 20_000  # of a split, of a policy to a prompt, of a text
@@ -27,13 +28,15 @@ def embedded(samples: Samples, splits: Mapping[str, str]) -> list[dict[str, Any]
     drawn = {s: _prompts(by_policy) for s, by_policy in held.items()}
     shown: dict[str, list[dict[str, Any]]] = {s: [] for s in drawn}
     room = ROOM
-    for i in range(PROMPTS):
-        row = {s: prompt for s, prompts in drawn.items() if (prompt := next(prompts, None))}
-        room -= sum(map(_letters, row.values()))
-        if i and room < 0:
-            break
-        for s, prompt in row.items():
-            shown[s].append(prompt)
+    with progress("laying out samples", PROMPTS, delay=2) as bar:
+        for i in range(PROMPTS):
+            row = {s: prompt for s, prompts in drawn.items() if (prompt := next(prompts, None))}
+            room -= sum(map(_letters, row.values()))
+            if i and room < 0:
+                break
+            for s, prompt in row.items():
+                shown[s].append(prompt)
+            bar.update()
     totals = {s: len(next(iter(by_policy.values()))) for s, by_policy in held.items()}
     return [{"name": visible(splits[s]), "total": totals[s], "prompts": prompts} for s, prompts in shown.items()]
 
@@ -43,6 +46,8 @@ def pieces(texts: Sequence[str]) -> list[list[str]]:
 
     A word or mark is shared if SHARED of them in a row, it among them, are also in another of the texts.
     """
+    if len(texts) < 2:
+        return [[t] for t in texts]
     words_T = [list(WORDS.finditer(t)) for t in texts]
     grams_T = [[tuple(w[0] for w in ws[i : i + SHARED]) for i in range(len(ws) - SHARED + 1)] for ws in words_T]
     holders = Counter(g for grams in grams_T for g in set(grams))
@@ -81,8 +86,12 @@ def _answers(record: Record) -> list[tuple[list[str], str]]:
     cut = pieces([_shown(t) for t in record["responses"][:ANSWERS]])
     columns = [(name, record[key]) for name, key in (("score", "scores"), ("gold", "gold")) if key in record]
     ended = record.get("finished", [True] * len(record["responses"]))
+    said = record.get("verdicts", [""] * len(record["responses"]))
     told = [
-        [f"{name} {values[i]:.2f}" for name, values in columns] + ["cut off"] * (not ended[i]) for i in range(len(cut))
+        [f"{name} {values[i]:.2f}" for name, values in columns]
+        + [said[i]] * bool(said[i])
+        + ["cut off"] * (not ended[i])
+        for i in range(len(cut))
     ]
     return [(parts, ", ".join(numbers)) for parts, numbers in zip(cut, told, strict=True)]
 

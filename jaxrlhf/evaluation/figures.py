@@ -126,7 +126,8 @@ def visible(text: str) -> str:
     hidden = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
     if text.isprintable():
         return text
-    return "".join(f"⟨U+{ord(c):04X}⟩" if c not in "\n\t" and unicodedata.category(c) in hidden else c for c in text)
+    found = {ord(c) for c in set(text) - {"\n", "\t"} if unicodedata.category(c) in hidden}
+    return text.translate({c: f"⟨U+{c:04X}⟩" for c in found}) if found else text
 
 
 def looks(labels: Mapping[str, str]) -> dict[str, Look]:

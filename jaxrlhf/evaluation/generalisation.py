@@ -38,6 +38,8 @@ def comparisons(judged: BySplit, characters: BySplit, resamples: int) -> list[di
     ]
 
 
-def against(who: dict[str, str], won_B: np.ndarray, longer_B: np.ndarray, resamples: int) -> dict[str, Any]:
-    """One of the `comparisons`: who, `win_rate`, and what length has to do with it."""
-    return who | {"win_rate": win_rate(won_B)} | length_bias.estimates(won_B, longer_B, resamples)
+def against(
+    who: dict[str, str], won_B: np.ndarray, longer_B: np.ndarray, resamples: int, by_length: bool = False
+) -> dict[str, Any]:
+    """One of the `comparisons`: who, `win_rate`, and what length has to do with it; `by_length` if it is the judge."""
+    return who | {"win_rate": win_rate(won_B)} | length_bias.estimates(won_B, longer_B, resamples, by_length)

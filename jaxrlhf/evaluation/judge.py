@@ -79,7 +79,12 @@ Outcomes = dict[Any, float]  # of each prompt with a verdict: 1 where a is bette
 
 def reads_texts(name: str) -> bool:
     """Whether a judge of that name decides by the texts alone."""
-    return name == "length" or name.startswith((OPENAI, REWARD))
+    return by_length(name) or name.startswith((OPENAI, REWARD))
+
+
+def by_length(name: str) -> bool:
+    """Whether a judge of that name goes by length alone."""
+    return name == "length"
 
 
 def compared(name: str, responses: Sequence[str]) -> Sequence[str]:
@@ -123,7 +128,7 @@ def decide(
 
     `length` averages over all pairs of responses to a prompt; an LLM judge compares the first response of each policy.
     """
-    if judge.name == "length":
+    if by_length(judge.name):
         return [_longer(match) for match in matches], {}
     return _by_llm(judge, matches, workdir, log)
 

@@ -12,20 +12,22 @@ RIDGE = 0.1  # prior precision of both coefficients: keeps verdicts that length 
 THIRDS = ("first_third", "second_third", "last_third")
 
 
-def estimates(won_B: np.ndarray, longer_B: np.ndarray, resamples: int) -> dict[str, Any]:
+def estimates(won_B: np.ndarray, longer_B: np.ndarray, resamples: int, by_length: bool = False) -> dict[str, Any]:
     """What results.json says of length beside a win rate.
 
     Args:
       won_B: outcome of each prompt, 1 win, .5 draw, 0 loss.
       longer_B: how many characters the response is longer than the one it is compared with.
       resamples: of the bootstrap.
+      by_length: whether length itself is the judge.
 
     Returns:
-      `length_controlled`, and where there are at least three prompts `win_rate_by_length`: the win rate on the third of
-      the prompts where the response is longer by the least (or shorter by the most), on the next, and on the last.
-      Equal lengths on a border go by the order of the items.
+      `length_controlled`, but for a judge that is length itself; and where there are at least three prompts
+      `win_rate_by_length`: the win rate on the third of the prompts where the response is longer by the least (or
+      shorter by the most), on the next, and on the last. Equal lengths on a border go by the order of the items.
     """
-    found: dict[str, Any] = {"length_controlled": length_controlled(won_B, longer_B, resamples)}
+    # Of a judge that goes by which is longer, a step at 0, a smooth curve leaves a quality over that nobody has.
+    found: dict[str, Any] = {} if by_length else {"length_controlled": length_controlled(won_B, longer_B, resamples)}
     if len(won_B) >= len(THIRDS):
         thirds = np.array_split(np.argsort(longer_B, kind="stable"), len(THIRDS))
         found["win_rate_by_length"] = {name: win_rate(won_B[third]) for name, third in zip(THIRDS, thirds, strict=True)}
@@ -43,6 +45,9 @@ def length_controlled(won_B: np.ndarray, longer_B: np.ndarray, resamples: int, s
     0: sigmoid(quality), in (0, 1). AlpacaEval 2 also has a term for how hard each instruction is, fitted over the
     verdicts on many models, and chooses its ridge by cross-validation; one policy alone tells nothing of the first, and
     the second would make the number depend on folds. The interval and `se` are bootstrapped over prompts.
+
+    It takes out a smooth influence of length only: a judge that takes the longer one however little longer it is gets
+    0.62 to 0.68 here on real files, with an interval that leaves 0.5 out.
     """
     won_B, longer_B = np.asarray(won_B, np.float64), np.asarray(longer_B, np.float64)
     n = len(won_B)

@@ -56,13 +56,15 @@ BY_BLOCKS = ("compression", "vendi")  # across inputs, jackknifed over blocks of
 class Measured:
     """`means` hold a number of each prompt that has it; `sets` a number of all prompts, and of all without each.
 
-    `longer` holds by how many characters a prompt's responses are longer than the reference's, on average.
+    `longer` holds by how many characters a prompt's responses are longer than the reference's, on average; `by_length`
+    says that it is length that decides who wins.
     """
 
     prompts: Sequence[Hashable]
     means: dict[Place, dict[Hashable, float]] = field(default_factory=dict)
     sets: dict[Place, tuple[float, np.ndarray]] = field(default_factory=dict)
     longer: dict[Any, float] = field(default_factory=dict)
+    by_length: bool = False
 
     def add_mean(self, place: Place, prompts: Sequence[Hashable], value_B: Sequence[float] | np.ndarray) -> None:
         """One number of each of `prompts`."""
@@ -125,7 +127,7 @@ def estimates(m: Measured, resamples: int) -> Tree:
     found |= _means([means], resamples, limits)[0]
     if compared := [k for k in m.means.get(WIN_RATE, {}) if k in m.longer]:
         won_B, longer_B = (_array(held[k] for k in compared) for held in (m.means[WIN_RATE], m.longer))
-        found |= length_bias.estimates(won_B, longer_B, resamples)
+        found |= length_bias.estimates(won_B, longer_B, resamples, m.by_length)
     for place, (whole, without_B) in m.sets.items():
         put(found, place, jackknife(whole, without_B, limits(place)))
     return found

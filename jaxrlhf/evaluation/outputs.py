@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.files import UserError, read_records, write_json
+from jaxrlhf.files import UserError, listed, read_records, write_json
 
 Key = tuple[str, int]  # a prompt, and how often it came before in the same file
 
@@ -20,6 +20,18 @@ class Answers:
 
     dataset: dict[Key, str]  # "" where the file does not say
     responses: dict[Key, list[str]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said of a policy's response to a prompt, beside the baseline's."""
+
+    path: Path
+    key: Key
+    won: float  # 1 the policy wins, 0 the baseline, .5 a draw
+    text: str | None  # the policy's, as it was judged; None where the file does not say
+    baseline: str | None
+    generator: str  # what the file calls the policy
 
 
 def read_named(entries: Sequence[str], flag: str) -> dict[str, list[Path]]:
@@ -98,13 +110,13 @@ def export(entries: Sequence[str], reference: str, folder: Path, log: Callable[[
     """Writes outputs as alpaca_eval's `model_outputs.json`, `folder/<name>/` each, the reference as one of them.
 
     alpaca_eval reads one output a prompt: further samples go to `model_outputs_2.json` and so on. Reading all of a
-    folder's files under one name gives the samples back.
+    folder's files under one name gives the samples back. What is odd in a file is for `evaluate` to say.
     """
     named = read_named(entries, "outputs") | ({"reference": [Path(reference)]} if reference else {})
     for name, paths in named.items():
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
             raise UserError(f"--outputs {name}: a folder is called so; take letters, digits, dot, plus and minus")
-        answers = read_answers(paths, name, log)
+        answers = read_answers(paths, name, lambda _: None)
         for i in range(len(next(iter(answers.responses.values())))):
             rows = [
                 {"dataset": answers.dataset[key], "instruction": key[0], "output": texts[i], "generator": name}
@@ -114,40 +126,79 @@ def export(entries: Sequence[str], reference: str, folder: Path, log: Callable[[
         log(f"{folder / name}/model_outputs.json written")
 
 
-def read_verdicts(paths: Sequence[Path]) -> dict[Key, tuple[str, float]]:
-    """(dataset, outcome) of each prompt with a verdict: 1 the policy (output_2) wins, 0 the baseline, .5 a draw.
+def read_verdicts(path: Path) -> list[Verdict]:
+    """The verdicts of a file in alpaca_eval's format; a missing one (null) is none. The policy is output_2."""
+    seen: Counter[str] = Counter()
+    found = []
+    for i, record in enumerate(read_records(path, ("instruction", "preference")), 1):
+        key = _key(path, i, record["instruction"], seen)
+        if record["preference"] is not None:
+            text, baseline = (t if isinstance(t := record.get(f"output_{n}"), str) else None for n in (2, 1))
+            generator = str(record.get("generator_2") or "")
+            found.append(Verdict(path, key, _outcome(path, i, record["preference"]), text, baseline, generator))
+    if not found:
+        raise UserError(f"{path}: no verdict in it")
+    return found
 
-    A missing verdict (null) does not count. Several files are verdicts on several samples of the same prompts: a
-    prompt's outcome is their mean, as verdicts on one prompt are not independent of each other.
+
+def check(verdicts: Sequence[Verdict], answers: Answers, name: str, log: Callable[[str], None]) -> None:
+    """Says of each file of verdicts how many are about other texts or prompts than a policy's own; all count.
+
+    They are not refused: the verdicts that AlpacaEval published for falcon-7b-instruct are about falcon-40b-instruct.
+
+    Raises:
+      UserError: of a file, no verdict is about a prompt of the policy.
     """
-    dataset: dict[Key, str] = {}
-    outcomes: dict[Key, list[float]] = {}
-    for path in paths:
-        seen: Counter[str] = Counter()
-        for i, record in enumerate(read_records(path, ("instruction", "preference")), 1):
-            key = _key(path, i, record["instruction"], seen)
-            if record["preference"] is not None:
-                dataset.setdefault(key, str(record.get("dataset") or ""))
-                outcomes.setdefault(key, []).append(_outcome(path, i, record["preference"]))
-    if not outcomes:
-        raise UserError(f"{', '.join(map(str, paths))}: no verdict in it")
-    return {key: (dataset[key], sum(found) / len(found)) for key, found in outcomes.items()}
+    for path in dict.fromkeys(v.path for v in verdicts):
+        held = [v for v in verdicts if v.path == path]
+        mine = [v for v in held if v.key in answers.responses]
+        generators = listed(dict.fromkeys(v.generator for v in held if v.generator))
+        whose = f"; generator_2 is {generators} there" if generators else ""
+        if not mine:
+            raise UserError(f"{path}: none of its {len(held):,} verdicts is about a prompt of --outputs {name}{whose}")
+        shown = [v for v in mine if v.text is not None]
+        others = [v for v in shown if which(v, answers.responses[v.key]) is None]
+        if len(held) > len(mine):
+            away = f"{len(held) - len(mine):,} of {len(held):,} verdicts"
+            log(f"{path}: {away} are about prompts that {name} does not answer; they count over all prompts")
+        if others:
+            away = f"{len(others):,} of {len(shown):,} verdicts"
+            most = "most likely another model's: " if 2 * len(others) > len(shown) else ""
+            log(f"{path}: {most}{away} are about other texts than {name}'s{whose}; they count all the same")
 
 
-def read_longer(paths: Sequence[Path]) -> dict[Key, float]:
+def which(verdict: Verdict, responses: Sequence[str]) -> int | None:
+    """Which of a policy's responses to the prompt was judged, white space aside; the only one if no text is there."""
+    if verdict.text is None:
+        return 0 if len(responses) == 1 else None
+    judged = verdict.text.split()
+    return next((i for i, text in enumerate(responses) if text.split() == judged), None)
+
+
+def outcomes(verdicts: Iterable[Verdict]) -> dict[Key, float]:
+    """Of each prompt with a verdict: 1 the policy wins, 0 the baseline, .5 a draw.
+
+    Several files are verdicts on several samples of the same prompts: a prompt's outcome is their mean, as verdicts on
+    one prompt are not independent of each other.
+    """
+    return _means((v.key, v.won) for v in verdicts)
+
+
+def longer(verdicts: Iterable[Verdict]) -> dict[Key, float]:
     """By how many characters output_2 is longer than output_1, of each prompt whose verdict comes with both texts.
 
-    The texts that were judged may be others than those of the files of outputs: of the published verdicts on
-    text_davinci_003 and those on several other models, most are.
+    The baseline's texts that were judged may be others than those of its file: of the published verdicts against
+    text_davinci_003 most are.
     """
-    found: dict[Key, list[int]] = {}
-    for path in paths:
-        seen: Counter[str] = Counter()
-        for i, record in enumerate(read_records(path, ("instruction", "preference")), 1):
-            key, texts = _key(path, i, record["instruction"], seen), (record.get("output_1"), record.get("output_2"))
-            if record["preference"] is not None and isinstance(texts[0], str) and isinstance(texts[1], str):
-                found.setdefault(key, []).append(len(texts[1]) - len(texts[0]))
-    return {key: sum(longer) / len(longer) for key, longer in found.items()}
+    both = ((v.key, v.text, v.baseline) for v in verdicts)
+    return _means((key, len(a) - len(b)) for key, a, b in both if a is not None and b is not None)
+
+
+def _means(values: Iterable[tuple[Key, float]]) -> dict[Key, float]:
+    held: dict[Key, list[float]] = {}
+    for key, value in values:
+        held.setdefault(key, []).append(value)
+    return {key: sum(found) / len(found) for key, found in held.items()}
 
 
 def _outcome(path: Path, i: int, preference: Any) -> float:

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.evaluation import captions, claims, explorer, figures, findings, page, pictures, samples, tables
+from jaxrlhf.evaluation import captions, claims, explorer, figures, findings, page, pictures, samples, sentences, tables
 from jaxrlhf.evaluation.figures import Estimate
-from jaxrlhf.evaluation.findings import ALL, Found
+from jaxrlhf.evaluation.findings import Found
+from jaxrlhf.evaluation.judge import by_length
+from jaxrlhf.evaluation.measures import ALL
 from jaxrlhf.files import UserError, read_json, read_records, write_text
 from jaxrlhf.names import CLIMBERS, METHODS, POLICIES, TITLES, TRAINED
 
@@ -85,7 +87,7 @@ def write_report(workdir: Path) -> Path:
         "config": list(flat(config)),
         **{cut: [(s, k, n) for s, m in summaries.items() for k, n in m.get(cut, {}).items()] for cut in CUTS},
         "notes": [(k.replace("_", " "), n) for k, n in _json(workdir / "data" / "notes.json").items() if n],
-        "said": findings.sentences(found),
+        "said": sentences.of(found),
         "seen": {TITLES[s]: captions.curves(s, rows) for s, rows in metrics.items()}
         | {
             "accuracy": captions.accuracy(accuracy),
@@ -142,6 +144,7 @@ def read_results(workdir: Path) -> Found:
         "differing": {},
         "sweep": {},
         "remarks": [],
+        "notes": [],
         "seeds": [],
         "missing": [],
     }
@@ -239,10 +242,11 @@ def _cuts(found: Found) -> dict[str, tuple[int, float]]:
 
 
 def _by_length(found: Found) -> Iterator[tuple[str, list[str], list[tuple[str, list[Estimate | None]]]]]:
-    """Of each split: policies, and rows of a length in words with each policy's main per-input diversity."""
+    """Of each split: policies, and rows of a length in words with each policy's main diversity."""
     varied = findings.variety(found)
     for split in found.splits:
-        rows = found.results["diversity_by_length"].get(split, [])
+        held = found.results["diversity_by_length"].get(split, [])
+        rows = [row for row in held if varied and row.get("scope", "per_input") == varied[1]]
         policies = [p for p in found.looks if any(p in row["policies"] for row in rows)]
         if varied and policies:
             cells = [[row["policies"].get(p, {}).get(varied[2]) for p in policies] for row in rows]
@@ -254,6 +258,8 @@ def _absent(found: Found, shown: Mapping[str, Any]) -> Iterator[str]:
     """What this page would show, and why it does not."""
     if ("win_rate",) not in found.places:
         yield "Win rates: nothing compared the outputs with a reference."
+    if by_length(str(found.results["judge"])) and ("win_rate",) in found.places:
+        yield "Length-controlled win rates: length itself is the judge, and the model follows only a smooth influence."
     if ("gold",) not in found.places:
         yield "Gold reward: only a task that knows the truth has one."
     if ("score",) not in found.places:

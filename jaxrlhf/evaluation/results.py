@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import combinations
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrlhf.evaluation import generalisation, judge, measures, outputs, proxy, significance, variety
-from jaxrlhf.evaluation.judge import REWARD, Judge, Match
+from jaxrlhf.evaluation import contests, generalisation, judge, measures, significance, variety
+from jaxrlhf.evaluation import outputs as given
+from jaxrlhf.evaluation.contests import Log, Policies
+from jaxrlhf.evaluation.judge import REWARD, Judge
 from jaxrlhf.evaluation.measures import ALL, KL, PROXY, WIN_RATE, Measured, against_each_other, far, in_order
+from jaxrlhf.evaluation.outputs import Answers, Verdict
 from jaxrlhf.evaluation.samples import read_sampled
 from jaxrlhf.evaluation.statistics import Estimate
 from jaxrlhf.files import UserError, read_json, write_json
-from jaxrlhf.logs import progress, say
 
 if TYPE_CHECKING:
     from jaxrlhf.config import Experiment
-
-Log = Callable[[str], None]
-Policies = dict[str, dict[str, Measured]]  # policy -> split
-Samples = dict[str, list[dict[str, Any]]]  # split -> records
 
 
 def evaluate_outputs(
@@ -48,24 +44,34 @@ def evaluate_outputs(
         judge.check(judged_by)
         if annotations:
             raise UserError("--judge and --annotations both say who wins; give one of them")
-    answers, verdicts = _read(outputs, reference, annotations, log)
-    longer = _read_longer(annotations)
-    scores = _score_outputs(answers, judged_by) if judged_by and judged_by.name.startswith(REWARD) else {}
-    compared, told = _judge_outputs(answers, judged_by, scores, workdir, log) if judged_by else ([], {})
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        log(line)
+
+    answers = _read(outputs, reference, note)
+    verdicts = _verdicts(annotations, answers, note)
+    _tell_lacking(answers, note)
+    scores = contests.score_outputs(answers, judged_by) if judged_by and judged_by.name.startswith(REWARD) else {}
+    compared, told = contests.judge_outputs(answers, judged_by, scores, workdir, log) if judged_by else ([], {})
+    outcomes = {name: given.outcomes(held) for name, held in verdicts.items()}
+    longer = {name: given.longer(held) for name, held in verdicts.items()}
     for match, won in compared:
         if match.b == "reference":
-            verdicts[match.a] = {k: (answers[match.a].dataset[k], o) for k, o in won.items()}
-            longer[match.a] = match.longer
+            outcomes[match.a], longer[match.a] = won, match.longer
+    by_length = bool(judged_by) and judge.by_length(judged_by.name)
     measured: Policies = {name: {} for name in answers}
     texts: dict[str, dict[str, list[list[str]]]] = {name: {} for name in answers}
     samples = {name: len(next(iter(found.responses.values()))) for name, found in answers.items()}
-    for name, split in [(n, s) for n, found in answers.items() for s in _splits(found.dataset.values())]:
+    splits = _splits({name: found.dataset for name, found in answers.items()})
+    for name, split in [(n, s) for n in answers for s in splits[n]]:
         found = answers[name]
         keys = [k for k, d in found.dataset.items() if split in (ALL, d)]
-        m = measured[name][split] = Measured(keys)
-        judged = {k: o for k, (d, o) in verdicts.get(name, {}).items() if split in (ALL, d)}
-        if judged:
-            m.add_mean(WIN_RATE, list(judged), list(judged.values()))
+        m = measured[name][split] = Measured(keys, by_length=by_length)
+        of_prompts = _ordered(outcomes.get(name, {}))
+        if won := {k: o for k, o in of_prompts.items() if split == ALL or found.dataset.get(k) == split}:
+            m.add_mean(WIN_RATE, list(won), list(won.values()))
             held = answers["reference"].responses if "reference" in answers else {}
             known = {k: judge.longer(found.responses[k], held[k]) for k in keys if k in held}
             m.longer = known | longer.get(name, {})
@@ -77,7 +83,7 @@ def evaluate_outputs(
         (match, s, part)
         for match, won in compared
         if match.b != "reference"
-        for s in _splits(answers[match.a].dataset.values())
+        for s in splits[match.a]
         if (part := {k: o for k, o in won.items() if s in (ALL, answers[match.a].dataset[k])})
     ]
     found = {
@@ -96,7 +102,9 @@ def evaluate_outputs(
             **({"judge": judge.settings(judged_by)} if judged_by else {}),
         },
         **_estimates(measured, samples, cuts, resamples),
-        "comparisons": significance.corrected(_heads(jobs, resamples), null=0.5),
+        "diversity_by_length": variety.by_length(measured, resamples, texts, paper_compat),
+        "comparisons": significance.corrected(contests.heads(jobs, resamples, by_length), null=0.5),
+        **({"notes": notes} if notes else {}),
     }
     if not annotations and not judged_by:
         del found["judge"]
@@ -109,9 +117,9 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     c = config.evaluation
     resamples = c.bootstrap
     samples = read_sampled(workdir)
-    _score_alike(samples)
+    contests.score_alike(samples)
     if c.judge.startswith(REWARD):
-        _score_samples(samples, c.text_judge)
+        contests.score_samples(samples, c.text_judge)
     measured: Policies = {policy: {} for policy in samples}
     judged: dict[str, dict[str, np.ndarray]] = {policy: {} for policy in samples}
     for policy, split in [(p, s) for p, splits in samples.items() for s in splits]:
@@ -126,7 +134,7 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
     options = variety.Options(c.paper_compat, c.cut_words, c.sentence_encoder, c.nli_model)
     cuts = variety.add(measured, texts, options)
     if judge.reads_texts(c.judge) and not c.judge.startswith(REWARD):
-        heads, told = _judge_samples(samples, measured, c.text_judge, workdir, resamples)
+        heads, told = contests.judge_samples(samples, measured, c.text_judge, workdir, resamples)
     else:
         characters = {
             p: {s: np.array([np.mean([len(t) for t in row]) for row in rows]) for s, rows in splits.items()}
@@ -142,129 +150,11 @@ def evaluate_samples(workdir: Path, config: Experiment) -> dict[str, Any]:
         "config": read_json(workdir / "config.json"),
         "sampling": {p: read_json(i) for p in samples if (i := workdir / "samples" / p / "info.json").exists()},
         **_estimates(measured, drawn, cuts, resamples),
+        "diversity_by_length": variety.by_length(measured, resamples, texts, c.paper_compat),
         "comparisons": significance.corrected(heads, null=0.5),
     }
     write_json(workdir / "results.json", found)
     return found
-
-
-def _score_alike(samples: Mapping[str, Samples]) -> None:
-    """Gives equal answers to a prompt one score, so that they draw.
-
-    The reward model gave each its own, in batches of other shapes, which can differ in the last digit.
-    """
-    known: dict[tuple[Any, ...], float] = {}
-    for records in [held for splits in samples.values() for held in splits.values()]:
-        for r in records:
-            if "reference_score" in r:
-                known.setdefault((r["prompt"], r["reference"], True), r["reference_score"])
-            finished = r.get("finished", [True] * len(r["responses"]))
-            for i, answer in enumerate(zip(r["responses"], finished, strict=True)):
-                r["scores"][i] = known.setdefault((r["prompt"], *answer), r["scores"][i])
-
-
-def _score_samples(samples: Mapping[str, Samples], judged_by: Judge) -> None:
-    """Gives records the numbers of a reward model that reads texts: `proxy_scores`, and `reference_proxy_score`."""
-    records = [r for splits in samples.values() for held in splits.values() for r in held]
-    asked, places = [], []
-    for r in records:
-        finished = r.get("finished", [True] * len(r["responses"]))
-        answers = [*zip(r["responses"], finished, strict=True), *[(r["reference"], True)] * bool(r.get("reference"))]
-        places.append((len(asked), len(r["responses"]), len(answers)))
-        asked += [proxy.Answer(r["prompt"], *answer) for answer in answers]
-    scored = proxy.scores(judged_by, asked)
-    for r, (start, responses, answers) in zip(records, places, strict=True):
-        r["proxy_scores"] = scored[start : start + responses]
-        if answers > responses:
-            r["reference_proxy_score"] = scored[start + responses]
-
-
-def _score_outputs(answers: Mapping[str, outputs.Answers], judged_by: Judge) -> dict[str, dict[Any, np.ndarray]]:
-    """A reward model's scores of each policy's responses to each prompt; all count as finished."""
-    held = [(name, key, t) for name, a in answers.items() for key, texts in a.responses.items() for t in texts]
-    scored = iter(proxy.scores(judged_by, [proxy.Answer(key[0], text) for _, key, text in held]))
-    return {
-        name: {key: np.array([next(scored) for _ in texts]) for key, texts in a.responses.items()}
-        for name, a in answers.items()
-    }
-
-
-def _judge_outputs(
-    answers: Mapping[str, outputs.Answers],
-    judged_by: Judge,
-    scores: Mapping[str, Mapping[Any, np.ndarray]],
-    workdir: Path,
-    log: Log,
-) -> tuple[list[tuple[Match, judge.Outcomes]], dict[str, Any]]:
-    """Each policy against the reference and against each other, on the prompts that both answered."""
-    matches = []
-    for b, a in combinations(["reference", *(n for n in answers if n != "reference")], 2):
-        one, other = (answers[n].responses if n in answers else {} for n in (a, b))
-        shown = partial(judge.compared, judged_by.name)
-        items = {k: (k[0], shown(one[k]), shown(other[k])) for k in one if k in other}
-        matches += [Match(ALL, a, b, items)] * bool(items)
-    if scores:
-        found = [{k: _won(scores[m.a][k], scores[m.b][k]) for k in m.items} for m in matches]
-        return list(zip(matches, found, strict=True)), {}
-    if not matches:
-        raise UserError(f"--judge={judged_by.name}: no two files answer the same prompt; give --reference=FILE")
-    found, told = judge.decide(judged_by, matches, workdir, log)
-    return list(zip(matches, found, strict=True)), told
-
-
-def _judge_samples(
-    samples: Mapping[str, Samples], measured: Policies, judged_by: Judge, workdir: Path, resamples: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Adds each policy's win rates against the reference to `measured`; returns the comparisons head to head."""
-
-    def shown(record: Mapping[str, Any]) -> Sequence[str]:
-        return judge.compared(judged_by.name, record["responses"])
-
-    matches = [
-        Match(s, policy, "reference", {r["id"]: (r["prompt"], shown(r), [r["reference"]]) for r in known})
-        for policy, splits in samples.items()
-        for s, records in splits.items()
-        if (known := [r for r in records if r.get("reference")])
-    ]
-    for b, a in combinations(samples, 2):
-        for s in (s for s in samples[a] if s in samples[b]):
-            both = zip(samples[a][s], samples[b][s], strict=True)
-            items = {x["id"]: (x["prompt"], shown(x), shown(y)) for x, y in both}
-            matches.append(Match(s, a, b, items))
-    found, told = judge.decide(judged_by, matches, workdir, say)
-    heads = []
-    for match, won in zip(matches, found, strict=True):
-        if won and match.b == "reference":
-            measured[match.a][match.split].add_mean(WIN_RATE, list(won), list(won.values()))
-        elif won:
-            heads.append((match, match.split, won))
-    return _heads(heads, resamples), told
-
-
-def _heads(jobs: Sequence[tuple[Match, str, judge.Outcomes]], resamples: int) -> list[dict[str, Any]]:
-    """The comparisons of results.json: a match on one of its splits, and its outcomes there."""
-
-    def one(job: tuple[Match, str, judge.Outcomes]) -> dict[str, Any]:
-        (match, split, won), longer = job, job[0].longer
-        who = {"split": split, "a": match.a, "b": match.b}
-        won_B, longer_B = np.array(list(won.values())), np.array([longer[k] for k in won])
-        return generalisation.against(who, won_B, longer_B, resamples)
-
-    # Threads, as numpy lets go of the interpreter.
-    with progress("comparing", len(jobs), delay=2) as bar, ThreadPoolExecutor() as pool:
-        found = []
-        for head in pool.map(one, jobs):
-            found.append(head)
-            bar.update()
-    return found
-
-
-def _won(a_N: np.ndarray, b_M: np.ndarray) -> float:
-    return float(generalisation.outcomes(a_N[None], b_M[None])[0])
-
-
-def _read_longer(annotations: Sequence[str]) -> dict[str, dict[outputs.Key, float]]:
-    return {n: outputs.read_longer(paths) for n, paths in outputs.read_named(annotations, "annotations").items()}
 
 
 def _estimates(
@@ -293,7 +183,6 @@ def _estimates(
         },
         "generalisation_gap": significance.corrected_gaps(gaps),
         "differences": significance.corrected(differences),
-        "diversity_by_length": variety.by_length(measured, resamples),
     }
 
 
@@ -319,35 +208,63 @@ def _cell(e: Estimate | None) -> str:
     return f"{e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" if e else ""
 
 
-def _read(
-    entries: Sequence[str], reference: str, annotations: Sequence[str], log: Log
-) -> tuple[dict[str, outputs.Answers], dict[str, dict[outputs.Key, tuple[str, float]]]]:
-    answers = {n: outputs.read_answers(p, n, log) for n, p in outputs.read_named(entries, "outputs").items()}
-    verdicts = {n: outputs.read_verdicts(p) for n, p in outputs.read_named(annotations, "annotations").items()}
-    for name in verdicts:
-        if name not in answers:
-            raise UserError(f"--annotations {name}=…: no --outputs has that name; known are {', '.join(answers)}")
+def _read(entries: Sequence[str], reference: str, log: Log) -> dict[str, Answers]:
+    answers = {n: given.read_answers(p, n, log) for n, p in given.read_named(entries, "outputs").items()}
     if reference:
         if "reference" in answers:
             raise UserError("--outputs reference=…: that name is kept for --reference")
-        answers["reference"] = outputs.read_answers([Path(reference)], "reference", log)
-    kept = {name: outputs.Answers(_ordered(a.dataset), _ordered(a.responses)) for name, a in answers.items()}
-    return kept, {name: _ordered(held) for name, held in verdicts.items()}
+        answers["reference"] = given.read_answers([Path(reference)], "reference", log)
+    return {name: Answers(_ordered(a.dataset), _ordered(a.responses)) for name, a in answers.items()}
 
 
-def _ordered(held: Mapping[outputs.Key, Any]) -> dict[outputs.Key, Any]:
+def _verdicts(entries: Sequence[str], answers: Mapping[str, Answers], log: Log) -> dict[str, list[Verdict]]:
+    """Of each name, the verdicts on its own prompts."""
+    named = given.read_named(entries, "annotations")
+    for name in named:
+        if name not in (known := [n for n in answers if n != "reference"]):
+            raise UserError(f"--annotations {name}=…: no --outputs has that name; known are {', '.join(known)}")
+    read = {name: [v for path in paths for v in given.read_verdicts(path)] for name, paths in named.items()}
+    for name, held in read.items():
+        given.check(held, answers[name], name, log)
+    return read
+
+
+def _tell_lacking(answers: Mapping[str, Answers], log: Log) -> None:
+    """Says who did not answer what others did; those who lack the same together."""
+    asked = set().union(*(a.responses for a in answers.values()))
+    lacking: dict[frozenset[given.Key], list[str]] = {}
+    for name, a in answers.items():
+        lacking.setdefault(frozenset(asked - a.responses.keys()), []).append(name)
+    for gone, names in lacking.items():
+        if gone:
+            log(
+                f"{', '.join(names)}: no answer to {len(gone):,} of the {len(asked):,} prompts of all files; two are "
+                "compared on the prompts that both answered, and across inputs only where all prompts are the same"
+            )
+
+
+def _ordered(held: Mapping[given.Key, Any]) -> dict[given.Key, Any]:
     """By prompt in an order of its own, so that no number hangs on that of the file."""
     return {key: held[key] for key in in_order(held, lambda key: key)}
 
 
-def _splits(datasets: Iterable[str]) -> list[str]:
-    return [ALL, *sorted({d for d in datasets if d and d != ALL})]
+def _splits(datasets: Mapping[str, Mapping[given.Key, str]]) -> dict[str, list[str]]:
+    """Of each name, `all` and its datasets, but for one that holds all prompts of whoever has it: it says no more.
+
+    What is called `id` or `ood…` stays, as the gap hangs on it.
+    """
+    counted = {name: Counter(held.values()) for name, held in datasets.items()}
+    known = {d for count in counted.values() for d in count if d and d != ALL}
+    parts = {d for d in known if any(0 < count[d] < count.total() for count in counted.values())}
+    parts |= {d for d in known if d == "id" or d.startswith("ood")}
+    return {name: [ALL, *sorted(d for d in count if d in parts)] for name, count in counted.items()}
 
 
 def numbers(records: Sequence[Mapping[str, Any]], by: str) -> tuple[Measured, np.ndarray]:
     """Each prompt's numbers, and a judge's value of each of its responses [B, N], where the samples carry it."""
     columns = {"score": "scores", "gold": "gold", PROXY[0]: "proxy_scores"}
-    m, judged_BN = Measured([r["id"] for r in records]), np.zeros((len(records), 0))
+    m = Measured([r["id"] for r in records], by_length=judge.by_length(by))
+    judged_BN = np.zeros((len(records), 0))
     if key := PROXY[0] if by.startswith(REWARD) else {"reward": "score", "gold": "gold"}.get(by):
         if any(columns[key] not in r for r in records):
             raise UserError(f"config.evaluation.judge={by!r}: samples have no field {columns[key]!r} to judge by")

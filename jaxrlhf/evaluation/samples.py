@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ from jaxrlhf.evaluation.measures import in_order
 from jaxrlhf.files import UserError, read_json, read_records
 from jaxrlhf.names import POLICIES
 
-Record = Mapping[str, Any]  # "id", "prompt", "responses"; "reference", "scores", "gold", "finished" where known
+Record = Mapping[
+    str, Any
+]  # "id", "prompt", "responses"; where known "reference", "scores", "gold", "finished", "verdicts"
 Samples = dict[str, dict[str, Sequence[Record]]]  # policy -> split
+Verdicts = dict[outputs.Key, list[outputs.Verdict]]
 
 
 def read(workdir: Path, results: Mapping[str, Any]) -> tuple[Samples, list[str]]:
@@ -62,7 +65,7 @@ def _checked(path: Path) -> Sequence[Record]:
         ended = record.get("finished", [True] * len(texts))
         if not isinstance(ended, list) or len(ended) != len(texts) or set(map(type, ended)) - {bool}:
             raise UserError(f"{path}, record {i}: finished must be {len(texts)} times true or false, one a response")
-    return records
+    return [{k: v for k, v in record.items() if k != "verdicts"} for record in records]  # annotations alone say who won
 
 
 def _read_outputs(results: Mapping[str, Any]) -> tuple[Samples, list[str]]:
@@ -70,6 +73,7 @@ def _read_outputs(results: Mapping[str, Any]) -> tuple[Samples, list[str]]:
     named = outputs.read_named(config["outputs"], "outputs")
     if config.get("reference"):
         named["reference"] = [Path(config["reference"])]
+    judged = dict(_judged(config.get("annotations", []), gone))
     for name, paths in named.items():
         try:
             answers = outputs.read_answers(paths, name, lambda _: None)
@@ -80,18 +84,42 @@ def _read_outputs(results: Mapping[str, Any]) -> tuple[Samples, list[str]]:
         words = [sum(len(t.split()) for t in texts) / len(texts) for texts in answers.responses.values()]
         told = measured.get("all", {}).get("length", {}).get("mean", math.nan)
         if math.isclose(told, sum(words) / len(words), rel_tol=1e-9):
-            found[name] = {s: _records(answers, s) for s in measured}
+            said = judged.get(name, {})
+            found[name] = {s: _records(answers, s, said) for s in measured}
         else:
             gone.append(f"{name}: {', '.join(map(str, paths))} no longer holds the texts that were measured.")
     return found, gone
 
 
-def _records(answers: outputs.Answers, split: str) -> Sequence[Record]:
+def _judged(annotations: Sequence[str], gone: list[str]) -> Iterator[tuple[str, Verdicts]]:
+    """Of each policy, the verdicts on each prompt; what is no longer there is added to `gone`."""
+    for name, paths in outputs.read_named(annotations, "annotations").items():
+        held: Verdicts = {}
+        for path in paths:
+            try:
+                for verdict in outputs.read_verdicts(path):
+                    held.setdefault(verdict.key, []).append(verdict)
+            except UserError as error:
+                gone.append(f"{name}, its verdicts: {error}.")
+        yield name, held
+
+
+def _records(answers: outputs.Answers, split: str, judged: Verdicts) -> Sequence[Record]:
     return [
-        {"id": key, "prompt": key[0], "responses": texts}
+        {"id": key, "prompt": key[0], "responses": texts} | _said(judged.get(key, []), texts)
         for key, texts in answers.responses.items()
         if split in ("all", answers.dataset[key])
     ]
+
+
+def _said(judged: Sequence[outputs.Verdict], texts: Sequence[str]) -> dict[str, list[str]]:
+    """What was said of each response that was judged; of a chance to win, the chance."""
+    words = {1.0: "won", 0.0: "lost", 0.5: "draw"}
+    held = [""] * len(texts)
+    for verdict in judged:
+        if (i := outputs.which(verdict, texts)) is not None:
+            held[i] = words.get(verdict.won, f"chance to win {verdict.won:.2f}")
+    return {"verdicts": held} if any(held) else {}
 
 
 def read_sampled(workdir: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:

@@ -80,16 +80,14 @@ def win_rate(outcomes: np.ndarray) -> Estimate:
 
     The interval is Wilson's. Draws, and outcomes that are means over samples, spread less than wins and losses of the
     same mean p would; they count as so many more items as make up for it, n p (1 - p) / variance (the effective sample
-    size of Korn & Graubard 1998 in the interval of Wilson 1927). One item has se 0.
+    size of Korn & Graubard 1998 in the interval of Wilson 1927). Where all outcomes are the same, nothing is known of
+    how they spread, and they count as wins and losses would: draws alone are no certainty of a draw. One item has se 0.
     """
     outcomes = np.asarray(outcomes, np.float64)
     n, p, variance = len(outcomes), float(outcomes.mean()), float(outcomes.var())
-    if 0 < p < 1 and variance < ROUNDING:
-        low = high = p
-    else:
-        # Variance is p (1 - p) but for rounding where every outcome is a win or a loss.
-        plain = np.isin(outcomes, (0.0, 1.0)).all()
-        low, high = _score_interval(p, n if plain else n * p * (1 - p) / variance)
+    # Variance is p (1 - p) but for rounding where every outcome is a win or a loss.
+    plain = variance < ROUNDING or np.isin(outcomes, (0.0, 1.0)).all()
+    low, high = _score_interval(p, n if plain else n * p * (1 - p) / variance)
     se = float(outcomes.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     return {"mean": p, "low": low, "high": high, "n": n, "se": se}
 

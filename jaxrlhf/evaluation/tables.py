@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from jaxrlhf.evaluation import findings
 from jaxrlhf.evaluation.figures import Estimate, label, visible
-from jaxrlhf.evaluation.findings import ALL, Found
-from jaxrlhf.evaluation.measures import Place
+from jaxrlhf.evaluation.findings import Found
+from jaxrlhf.evaluation.measures import ALL, Place
 
 NUMBERS = ("mean", "low", "high", "n", "se", "p", "p_holm", "n_needed")
 _LATEX = {c: f"\\{c}" for c in "{}$&#_%"} | {
