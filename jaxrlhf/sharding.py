@@ -95,7 +95,7 @@ def shard_batch(tree: Tree, mesh: DeviceMesh) -> Tree:
 
 def shard_step(stream: Batches[Tree], step: int, mesh: DeviceMesh) -> Tree:
     """A step's batch on the mesh, likewise divided: each process makes only the rows that its devices hold."""
-    where, count = rows(mesh), stream.rows(step)
+    where, (count, make) = rows(mesh), stream.parts(step)
     held = where.addressable_devices_indices_map((count,)).values()
     own = sorted({r for index in held if index for r in range(*index[0].indices(count))})
 
@@ -107,7 +107,7 @@ def shard_step(stream: Batches[Tree], step: int, mesh: DeviceMesh) -> Tree:
 
         return jax.make_array_from_callback((count, *x.shape[1:]), where, some)
 
-    return jax.tree.map(put, stream.part(step, own))
+    return jax.tree.map(put, make(own))
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:

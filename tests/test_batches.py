@@ -161,7 +161,7 @@ def test_packed_rows_hold_each_text_whole_and_once(ways):
     for step in range(12):
         alone = [sft([examples[i]], 1, **sizes)[0] for i in order[step]]
         assert texts_of(packed[step]) == sorted(t for batch in alone for t in texts_of(batch))
-        rows = packed.rows(step)
+        rows = packed.parts(step)[0]
         shapes.add(rows)
         assert packed[step].tokens_BT.shape == (rows, 12)
         assert rows % ways == 0
@@ -172,13 +172,13 @@ def test_packed_rows_hold_each_text_whole_and_once(ways):
 def test_a_batch_that_outgrows_the_usual_rows_gets_more():
     """Whatever is usual, no text is lost, and there are few numbers of rows to compile."""
     packed = sft(uneven(), 16, seed=1, ways=2, prompt_length=8, response_length=4)
-    needed = {replace(packed, usual=n).rows(step) for n in (2, 8) for step in range(20)}
+    needed = {replace(packed, usual=n).parts(step)[0] for n in (2, 8) for step in range(20)}
     assert len(needed) > 1
     assert min(needed) <= packed.usual <= 16
     for usual in (2, 8, 10):
         tight = replace(packed, usual=usual)
         assert all(len(texts_of(tight[step])) == 16 for step in range(20))
-        assert {tight.rows(step) % 2 for step in range(20)} == {0}
+        assert {tight.parts(step)[0] % 2 for step in range(20)} == {0}
 
 
 @pytest.mark.parametrize("seed", range(5))

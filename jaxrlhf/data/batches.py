@@ -27,11 +27,13 @@ WIDTHS = 8
 
 
 class Batches(Protocol[Batch]):
-    """`batches[step]`, for every step from 0 without end; `part(step, rows)` is some of its rows, made alone."""
+    """`batches[step]`, for every step from 0 without end.
 
-    def rows(self, step: int, /) -> int: ...
+    `parts(step)` is how many rows it has, and what makes some of them, given in ascending order, alone.
+    """
+
     def __getitem__(self, step: int, /) -> Batch: ...
-    def part(self, step: int, rows: Sequence[int], /) -> Batch: ...
+    def parts(self, step: int, /) -> tuple[int, Callable[[Sequence[int]], Batch]]: ...
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,12 @@ class _Stream:
     batch_size: int
     collate: Callable[[Sequence], Any]
 
-    def rows(self, step: int) -> int:
-        return self.batch_size
-
     def __getitem__(self, step: int) -> Any:
-        return self.part(step, range(self.batch_size))
+        return _whole(self, step)
 
-    def part(self, step: int, rows: Sequence[int]) -> Any:
-        return self.collate([self.items[step * self.batch_size + r] for r in rows])
+    def parts(self, step: int) -> tuple[int, Callable[[Sequence[int]], Any]]:
+        start = step * self.batch_size
+        return self.batch_size, lambda rows: self.collate([self.items[start + r] for r in rows])
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,12 @@ class _Packed:
         count = self.usual if len(rows) <= self.usual else packing.rounded(len(rows), more, self.batch_size)
         return [[texts[i] for i in row] for row in rows] + [[]] * (count - len(rows))
 
-    def rows(self, step: int) -> int:
-        return len(self._packed(step))
-
     def __getitem__(self, step: int) -> Any:
-        return self.collate(self._packed(step))
+        return _whole(self, step)
 
-    def part(self, step: int, rows: Sequence[int]) -> Any:
+    def parts(self, step: int) -> tuple[int, Callable[[Sequence[int]], Any]]:
         packed = self._packed(step)
-        return self.collate([packed[r] for r in rows])
+        return len(packed), lambda rows: self.collate([packed[r] for r in rows])
 
 
 @dataclass(frozen=True)
@@ -88,19 +85,26 @@ class Joined:
 
     streams: Sequence[Batches]
 
-    def rows(self, step: int) -> int:
-        """Of all together."""
-        return sum(s.rows(step) for s in self.streams)
-
     def __getitem__(self, step: int) -> Any:
-        return self.part(step, range(self.rows(step)))
+        """All rows of a step."""
+        return _whole(self, step)
 
-    def part(self, step: int, rows: Sequence[int]) -> Any:
-        """Rows in ascending order."""
-        each = self.streams[0].rows(step)
-        chosen = [[r % each for r in rows if r // each == i] for i in range(len(self.streams))]
-        parts = [s.part(step, some) for s, some in zip(self.streams, chosen, strict=True) if some]
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    def parts(self, step: int) -> tuple[int, Callable[[Sequence[int]], Any]]:
+        """The rows of all streams together."""
+        counts, makers = zip(*(s.parts(step) for s in self.streams), strict=True)
+        each = counts[0]
+
+        def make(rows: Sequence[int]) -> Any:
+            chosen = [[r % each for r in rows if r // each == i] for i in range(len(makers))]
+            made = [maker(some) for maker, some in zip(makers, chosen, strict=True) if some]
+            return jax.tree.map(lambda *x: np.concatenate(x), *made)
+
+        return sum(counts), make
+
+
+def _whole(stream: Batches, step: int) -> Any:
+    count, make = stream.parts(step)
+    return make(range(count))
 
 
 def cut(
