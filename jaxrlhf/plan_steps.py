@@ -59,53 +59,65 @@ def rows(
     build |= {"dpo": _dpo, "rloo": partial(_group, "rloo"), "grpo": partial(_group, "grpo")}
     with jax.set_mesh(mesh):
         for stage in stages:
-            yield from build[stage](_Base(config, arch, chip, mesh))
+            yield from build[stage](_base(config, arch, chip, mesh))
 
 
+@dataclass(frozen=True)
 class _Base:
     """Shapes that stages start from, each with its place on the mesh."""
 
-    def __init__(self, config: Experiment, arch: model.Architecture, chip: roofline.Chip, mesh: DeviceMesh):
-        self.config, self.arch, self.chip, self.mesh = config, arch, chip, mesh
-        share = config.model.freeze_layers
-        frozen, top = jax.eval_shape(lambda: split(model.init(arch, jax.random.key(0)), share))
-        self.frozen = self.lying(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, arch.dtype), frozen))
-        self.top = self.lying(top)
-        head = ScalarHead(w_D=jax.ShapeDtypeStruct((arch.width,), jnp.float32), b=jax.ShapeDtypeStruct((), jnp.float32))  # pyright: ignore[reportArgumentType]
-        self.scorer, self.actor = (
-            _members(Scorer(top=self.top, head=head), config),
-            ActorCritic(top=self.top, value=head),
-        )
-        self.scorer, self.actor = self.lying(self.scorer), self.lying(self.actor)
-        c = config.model
-        self.length = c.prompt_length + c.response_length
+    config: Experiment
+    arch: model.Architecture
+    chip: roofline.Chip
+    mesh: DeviceMesh
+    frozen: Any
+    top: Any
+    scorer: Any
+    actor: Any
 
-    def lying(self, tree: Any) -> Any:
-        """A tree of shapes with the places that parameters have."""
-        return jax.tree.map(_at, tree, sharding.layout(tree, self.mesh))
 
-    def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array of a batch, divided by rows."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(self.mesh))
+def _base(config: Experiment, arch: model.Architecture, chip: roofline.Chip, mesh: DeviceMesh) -> _Base:
+    share = config.model.freeze_layers
+    frozen, top = jax.eval_shape(lambda: split(model.init(arch, jax.random.key(0)), share))
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, arch.dtype), frozen)
+    head = ScalarHead(w_D=jax.ShapeDtypeStruct((arch.width,), jnp.float32), b=jax.ShapeDtypeStruct((), jnp.float32))  # pyright: ignore[reportArgumentType]
+    trees = frozen, top, _members(Scorer(top=top, head=head), config), ActorCritic(top=top, value=head)
+    return _Base(config, arch, chip, mesh, *(_lying(tree, mesh) for tree in trees))
 
-    def state(self, tx: Any, params: Any, kl_coef: bool = False) -> Any:
-        """What a stage starts from that trains `params`."""
-        start = lambda p: optim.fresh(tx, p, jnp.float32(0) if kl_coef else None)  # noqa: E731
-        return self.lying(jax.eval_shape(start, params))
 
-    @property
-    def key(self) -> Any:
-        """A random key, on every chip."""
-        shape = jax.eval_shape(lambda: jax.random.key(0))
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(self.mesh, P()))
+def _lying(tree: Any, mesh: DeviceMesh) -> Any:
+    """A tree of shapes with the places that parameters have."""
+    return jax.tree.map(_at, tree, sharding.layout(tree, mesh))
 
-    def generation(self, temperature: float) -> sampling.Generation:
-        """Sampling up to the longest response."""
-        return sampling.Generation(max_tokens=self.config.model.response_length, temperature=temperature)
 
-    def check(self, section: str, size: int, parts: int = 1) -> None:
-        """`UserError` for a batch that the stage itself would refuse."""
-        sharding.check_divides(f"config.{section}.batch_size", size, self.mesh, parts)
+def _array(base: _Base, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array of a batch, divided by rows."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(base.mesh))
+
+
+def _state(base: _Base, tx: Any, params: Any, kl_coef: bool = False) -> Any:
+    """What a stage starts from that trains `params`."""
+    start = lambda p: optim.fresh(tx, p, jnp.float32(0) if kl_coef else None)  # noqa: E731
+    return _lying(jax.eval_shape(start, params), base.mesh)
+
+
+def _key(base: _Base) -> Any:
+    """A random key, on every chip."""
+    shape = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(base.mesh, P()))
+
+
+def _generation(base: _Base, temperature: float) -> sampling.Generation:
+    return sampling.Generation(max_tokens=base.config.model.response_length, temperature=temperature)
+
+
+def _length(base: _Base) -> int:
+    return base.config.model.prompt_length + base.config.model.response_length
+
+
+def _check(base: _Base, section: str, size: int, parts: int = 1) -> None:
+    """`UserError` for a batch that the stage itself would refuse."""
+    sharding.check_divides(f"config.{section}.batch_size", size, base.mesh, parts)
 
 
 def _measure(base: _Base, step: str, batch: int, jitted: Any, arguments: tuple, parts: Any) -> tuple[Row, Any]:
@@ -146,7 +158,7 @@ def _refusal(said: str) -> str:
 
 def _pretrain(base: _Base) -> Iterator[Row]:
     everything = replace(base.config, model=replace(base.config.model, freeze_layers=0.0))
-    yield _next_token(_Base(everything, base.arch, base.chip, base.mesh), "pretrain")
+    yield _next_token(_base(everything, base.arch, base.chip, base.mesh), "pretrain")
 
 
 def _sft(base: _Base) -> Iterator[Row]:
@@ -155,11 +167,11 @@ def _sft(base: _Base) -> Iterator[Row]:
 
 def _next_token(base: _Base, stage: str) -> Row:
     c = base.config.sft if stage == "sft" else base.config.pretrain
-    base.check(stage, c.batch_size, c.optim.accumulate)
+    _check(base, stage, c.batch_size, c.optim.accumulate)
     tx = optim.optimizer(c.optim, c.loop.steps)
-    state = base.state(tx, base.top)
-    shape = (c.batch_size, base.length)
-    batch = SftBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
+    state = _state(base, tx, base.top)
+    shape = (c.batch_size, _length(base))
+    batch = SftBatch(*(_array(base, shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
     parts = _parts(base, state) | {"batch": batch} | ({} if stage == "pretrain" else {"held": base.top})
     arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
     return _measure(base, stage, c.batch_size, sft.step, arguments, parts)[0]
@@ -171,10 +183,10 @@ def _parts(base: _Base, state: Any) -> dict[str, Any]:
 
 def _reward(base: _Base) -> Iterator[Row]:
     c = base.config.reward
-    base.check("reward", c.batch_size, c.optim.accumulate)
+    _check(base, "reward", c.batch_size, c.optim.accumulate)
     tx = optim.optimizer(c.optim, c.loop.steps)
     tx = tx if c.ensemble == 1 else optim.of_each(tx)
-    state = base.state(tx, base.scorer)
+    state = _state(base, tx, base.scorer)
     batch = _pairs(base, c.batch_size * c.ensemble)
     parts = _parts(base, state) | {"batch": batch, "held": base.top}
     arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
@@ -183,9 +195,9 @@ def _reward(base: _Base) -> Iterator[Row]:
 
 def _dpo(base: _Base) -> Iterator[Row]:
     c = base.config.dpo
-    base.check("dpo", c.batch_size, c.optim.accumulate)
+    _check(base, "dpo", c.batch_size, c.optim.accumulate)
     tx = optim.optimizer(c.optim, c.loop.steps)
-    state = base.state(tx, base.top)
+    state = _state(base, tx, base.top)
     batch = _pairs(base, c.batch_size)
     parts = _parts(base, state) | {"batch": batch, "held": (base.top, base.top)}
     arguments = (base.arch, tx, c, state, base.frozen, base.top, batch)
@@ -193,20 +205,20 @@ def _dpo(base: _Base) -> Iterator[Row]:
 
 
 def _pairs(base: _Base, pairs: int) -> PairBatch:
-    shape = (pairs, base.length + base.config.model.response_length)
-    return PairBatch(*(base.array(shape, d) for d in (jnp.int32, jnp.float32)))
+    shape = (pairs, _length(base) + base.config.model.response_length)
+    return PairBatch(*(_array(base, shape, d) for d in (jnp.int32, jnp.float32)))
 
 
 def _ppo(base: _Base) -> Iterator[Row]:
     c = base.config.ppo
     tx = optim.optimizer(c.optim, c.loop.steps * c.epochs * c.minibatches)
-    state, fixed = base.state(tx, base.actor, kl_coef=True), _fixed(base)
+    state, fixed = _state(base, tx, base.actor, kl_coef=True), _fixed(base)
 
     def score(prompts: PromptBatch, drawn: Sample, given_B: Any) -> tuple[Any, tuple]:
         return ppo.score, (base.arch, c, fixed, state.params, state.kl_coef, prompts, drawn, given_B)
 
     def update(rollout: Any) -> tuple[Any, tuple]:
-        return ppo.update, (base.arch, tx, c, state, fixed, rollout, base.key)
+        return ppo.update, (base.arch, tx, c, state, fixed, rollout, _key(base))
 
     yield from _climb(base, "ppo", c, 1, state, score, update)
 
@@ -215,13 +227,13 @@ def _group(stage: str, base: _Base) -> Iterator[Row]:
     c = getattr(base.config, stage)
     epochs = c.epochs if isinstance(c, Grpo) else 1
     tx = optim.optimizer(c.optim, c.loop.steps * epochs * c.minibatches)
-    state, fixed = base.state(tx, base.top), _fixed(base)
+    state, fixed = _state(base, tx, base.top), _fixed(base)
 
     def score(prompts: PromptBatch, drawn: Sample, given_B: Any) -> tuple[Any, tuple]:
         return groups.score, (base.arch, base.config.ppo, c, fixed, state.params, prompts, drawn, given_B)
 
     def update(rollout: Any) -> tuple[Any, tuple]:
-        return groups.update, (base.arch, tx, c, state, base.frozen, rollout, base.key)
+        return groups.update, (base.arch, tx, c, state, base.frozen, rollout, _key(base))
 
     yield from _climb(base, stage, c, c.samples, state, score, update)
 
@@ -234,17 +246,17 @@ def _climb(
     base: _Base, stage: str, c: Ppo | Rloo | Grpo, samples: int, state: Any, score: Any, update: Any
 ) -> Iterator[Row]:
     """Rollout, score and update: what one of them holds, the others hold too."""
-    base.check(stage, c.batch_size)
+    _check(base, stage, c.batch_size)
     policy = state.params.top if stage == "ppo" else state.params
     parts = _parts(base, state) | {"held": (base.top, _fixed(base).ref, _fixed(base).scorer)}
     prompts, repeated = _prompts(base, c.batch_size), _prompts(base, c.batch_size * samples)
-    given_B = base.array((c.batch_size * samples,), jnp.float32) if base.config.reward.init else None
+    given_B = _array(base, (c.batch_size * samples,), jnp.float32) if base.config.reward.init else None
 
     def measured(what: str, called: tuple[Any, tuple], batch: Any) -> tuple[Row, Any]:
         return _measure(base, f"{stage} {what}", c.batch_size, *called, parts | {"batch": batch})
 
-    arguments = (base.arch, base.generation(c.temperature), base.frozen, policy)
-    arguments = (*arguments, prompts.tokens_BP, prompts.mask_BP, base.key, samples)
+    arguments = (base.arch, _generation(base, c.temperature), base.frozen, policy)
+    arguments = (*arguments, prompts.tokens_BP, prompts.mask_BP, _key(base), samples)
     row, drawn = measured("rollout", (sampling.sample, arguments), prompts)
     yield row
     if drawn is None:
@@ -267,27 +279,27 @@ def _members(scorer: Scorer, config: Experiment) -> Scorer | Ensemble:
 def _prompts(base: _Base, size: int) -> PromptBatch:
     shape = (size, base.config.model.prompt_length)
     return PromptBatch(
-        tokens_BP=base.array(shape, jnp.int32),
-        mask_BP=base.array(shape, jnp.float32),
-        index_B=base.array((size,), jnp.int32),
+        tokens_BP=_array(base, shape, jnp.int32),
+        mask_BP=_array(base, shape, jnp.float32),
+        index_B=_array(base, (size,), jnp.int32),
     )
 
 
 def _sample(base: _Base) -> Iterator[Row]:
     """The pool of SFT samples of a batch of prompts, and their scores."""
     c, arch = base.config.sampling, base.arch
-    base.check("sampling", c.batch_size)
+    _check(base, "sampling", c.batch_size)
     prompts = _prompts(base, c.batch_size)
-    gen = replace(base.generation(c.temperature), top_k=c.top_k, top_p=c.top_p)
-    arguments = (arch, gen, base.frozen, base.top, prompts.tokens_BP, prompts.mask_BP, base.key, c.pool)
+    gen = replace(_generation(base, c.temperature), top_k=c.top_k, top_p=c.top_p)
+    arguments = (arch, gen, base.frozen, base.top, prompts.tokens_BP, prompts.mask_BP, _key(base), c.pool)
     scorer = () if base.config.reward.init else base.scorer
     parts = {"frozen": base.frozen, "trained": base.top, "held": (base.top, scorer)}
     row, drawn = _measure(base, "sample", c.batch_size, sampling.sample, arguments, parts | {"batch": prompts})
     yield row
     if drawn is None or not scorer:
         return
-    shape = (c.batch_size * c.pool, base.length)
-    batch = (base.array(shape, jnp.int32), base.array(shape, jnp.float32))
+    shape = (c.batch_size * c.pool, _length(base))
+    batch = (_array(base, shape, jnp.int32), _array(base, shape, jnp.float32))
     arguments = (arch, base.frozen, base.scorer, *batch)
     yield _measure(base, "sample score", c.batch_size, policies.score, arguments, parts | {"batch": (drawn, batch)})[0]
 

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrlhf import model, optim, reward, sft, sharding
 from jaxrlhf.config import Mesh, Optim
+from jaxrlhf.data import batches, tokens
 from jaxrlhf.files import UserError
 from jaxrlhf.split import split
 from jaxrlhf.types import CHOSEN, REJECTED, PairBatch, ScalarHead, Scorer, SftBatch
@@ -65,6 +66,22 @@ def test_sft_in_parts_is_the_step_of_the_whole_batch():
     found, wanted = (after(sft.step, TOP, sft_batch(), n) for n in (3, 1))
     near(found, wanted)
     np.testing.assert_allclose(found[1]["tokens"], sft_batch().weight_BT[:, 1:].sum(), rtol=1e-6)
+
+
+def test_packed_texts_are_the_step_of_a_row_each():
+    """Eleven texts in a row each, and in as few rows as they fit into."""
+    words = tokens.word_tokenizer([chr(ord("a") + i) for i in range(26)])
+    rng = np.random.default_rng(4)
+    examples = [
+        {"prompt": " a b c d"[: 2 * n], "response": " x y z w v"[: 2 * m]} for n, m in rng.integers(1, 5, (11, 2))
+    ]
+    stream = batches.sft_batches(
+        examples, words, batch_size=11, prompt_length=12, response_length=9, prompt_weight=0.3, seed=0
+    )
+    alone = replace(stream, width=0)  # nothing fits beside another
+    assert stream[0].tokens_BT.shape[0] < 8
+    assert alone[0].tokens_BT.shape[0] == 11
+    near(*(after(sft.step, TOP, jax.tree.map(jnp.asarray, s[0]), 1) for s in (stream, alone)))
 
 
 def test_parts_count_by_their_tokens_not_alike():

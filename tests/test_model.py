@@ -239,6 +239,30 @@ def test_attention_against_loops():
                 assert np.allclose(out_BTHK[b, t, h], wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [64, 150, 300])
+def test_attention_in_parts_is_that_of_the_whole_matrix(length):
+    """Of three texts, one padded on the left and one on the right; values and gradients."""
+    rng = np.random.default_rng(length)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, length, n, 4)), jnp.float32) for n in (4, 2, 2, 4))
+    mask_BT = np.ones((2, length), np.float32)
+    mask_BT[0, :9], mask_BT[1, length // 3 :], mask_BT[1, -70:] = 0, 2, 0
+    arch, seen_BTS = architecture("llama"), model.causal(jnp.asarray(mask_BT))
+    real_BT11 = (mask_BT > 0)[..., None, None]
+
+    def whole(q, k, v):
+        score = jnp.einsum("bthk,bshk->bhts", q, jnp.repeat(k, 2, 2)) / np.sqrt(arch.head_width)
+        weight = jax.nn.softmax(jnp.where(seen_BTS[:, None], score, -jnp.inf), -1)
+        return jnp.einsum("bhts,bshk->bthk", weight, jnp.repeat(v, 2, 2))
+
+    def valued(f):
+        return jax.jit(jax.value_and_grad(lambda *x: (jnp.where(real_BT11, f(*x), 0) * weight).sum(), (0, 1, 2)))
+
+    found, wanted = valued(lambda *x: model.attention(arch, *x, seen_BTS))(q, k, v), valued(whole)(q, k, v)
+    assert len(model._parts(length)) == {64: 1, 150: 3, 300: 3}[length]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 OPT_350M = {"norm_place": "post", "final_norm": False, "embed_width": 8}
 
 
