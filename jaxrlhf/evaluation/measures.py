@@ -16,10 +16,11 @@ from jaxrlhf.evaluation.statistics import (
     ANY,
     Estimate,
     Limits,
+    around,
     blocks,
     difference_estimate,
-    jackknife,
     mean_estimates,
+    pseudo,
     win_rate,
 )
 
@@ -124,12 +125,13 @@ def estimates(m: Measured, resamples: int) -> Tree:
     """Everything that was measured, as estimates over prompts."""
     means = {p: _array(values.values()) for p, values in m.means.items()}
     found: Tree = {"win_rate": win_rate(means.pop(WIN_RATE))} if WIN_RATE in means else {}
-    found |= _means([means], resamples, limits)[0]
+    columns = means | {place: pseudo(without_B) for place, (_, without_B) in m.sets.items()}
+    found |= _means([columns], resamples, lambda place: ANY if place in m.sets else limits(place))[0]
     if compared := [k for k in m.means.get(WIN_RATE, {}) if k in m.longer]:
         won_B, longer_B = (_array(held[k] for k in compared) for held in (m.means[WIN_RATE], m.longer))
         found |= length_bias.estimates(won_B, longer_B, resamples, m.by_length)
-    for place, (whole, without_B) in m.sets.items():
-        put(found, place, jackknife(whole, without_B, limits(place)))
+    for place, (whole, _) in m.sets.items():
+        put(found, place, around(whole, at(found, place), limits(place)))
     return found
 
 
@@ -140,15 +142,26 @@ def differences(pairs: Sequence[tuple[Measured, Measured]], resamples: int) -> l
     whole sets are jackknifed, and only where both answered the same prompts.
     """
     shared = [{place: _array(_paired(a, b, place).values()) for place in a.means} for a, b in pairs]
-    found = _means([{p: value_B for p, value_B in held.items() if len(value_B)} for held in shared], resamples)
-    for (a, b), tree in zip(pairs, found, strict=True):
-        if set(a.prompts) == set(b.prompts):
-            at = {prompt: i for i, prompt in enumerate(b.prompts)}
-            order_B = [at[prompt] for prompt in a.prompts]
-            for place in (p for p in a.sets if p in b.sets):
-                (whole_a, without_a_B), (whole_b, without_b_B) = a.sets[place], b.sets[place]
-                put(tree, place, jackknife(whole_a - whole_b, without_a_B - without_b_B[order_B]))
+    sets = [_set_differences(a, b) for a, b in pairs]
+    columns = [
+        held | {place: pseudo(without_B) for place, (_, without_B) in whole.items()}
+        for held, whole in zip(shared, sets, strict=True)
+    ]
+    found = _means([{p: value_B for p, value_B in held.items() if len(value_B)} for held in columns], resamples)
+    for tree, whole in zip(found, sets, strict=True):
+        for place, (value, _) in whole.items():
+            put(tree, place, around(value, at(tree, place)))
     return found
+
+
+def _set_differences(a: Measured, b: Measured) -> dict[Place, tuple[float, np.ndarray]]:
+    """Numbers of whole sets, and without each prompt, where both answered the same."""
+    if set(a.prompts) != set(b.prompts):
+        return {}
+    where = {prompt: i for i, prompt in enumerate(b.prompts)}
+    order_B = [where[prompt] for prompt in a.prompts]
+    both = ((p, a.sets[p], b.sets[p]) for p in a.sets if p in b.sets)
+    return {p: (whole_a - whole_b, a_B - b_B[order_B]) for p, (whole_a, a_B), (whole_b, b_B) in both}
 
 
 def gap(near: Measured, far: Measured, resamples: int) -> Tree:
@@ -203,6 +216,13 @@ def _means(
 
 def _array(values: Any) -> np.ndarray:
     return np.array(list(values), np.float64)
+
+
+def at(tree: Tree, place: Place) -> Estimate:
+    """The estimate at `place`."""
+    for key in place:
+        tree = tree[key]
+    return tree
 
 
 def put(tree: Tree, place: Place, estimate: Estimate) -> None:

@@ -125,7 +125,7 @@ def _across(
     length = mean_estimate(np.array(list(m.means["length",].values()))[index], resamples)
     counted = diversity.count([texts[int(b)][0] for b in index], paper_compat)
     return {"length": length} | {
-        name: jackknife(a.value, narrowed(a.without_B, a.pairs), limits(("diversity", "across_input", name)))
+        name: jackknife(a.value, narrowed(a.without_B, a.pairs), limits(("diversity", "across_input", name)), resamples)
         for name, a in diversity.across_input(counted, len(index), 1).items()
     }
 
