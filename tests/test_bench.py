@@ -6,7 +6,6 @@ import sys
 from contextlib import ExitStack
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jaxrlhf import model
@@ -29,16 +28,6 @@ print("noise")
 sys.stdout.flush()
 serve({{"device": "none"}}, over(once))
 """
-
-
-def test_products_are_counted_in_scans_by_their_length_and_in_loops_by_their_turns():
-    def f(a_34, w_L44):
-        h_34 = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), a_34, w_L44)[0]
-        return jax.lax.while_loop(lambda h: h.sum() < 9, lambda h: h @ w_L44[0] @ w_L44[1], h_34)
-
-    traced = jax.jit(f).trace(jnp.ones((3, 4)), jnp.ones((5, 4, 4)))
-    each = 2 * 3 * 4 * 4
-    assert floor.of_program(traced, turns=7) == 5 * each + 7 * 2 * each
 
 
 def test_the_least_of_a_block_by_hand():

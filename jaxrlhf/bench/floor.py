@@ -1,37 +1,15 @@
-"""The arithmetic of a step: what its program does, and the least that the step can do without.
+"""The least arithmetic of a step, beside which `roofline.flops` of its program stands.
 
 In floating-point operations of matrix products, an addition and a multiplication each: all else is a few per cent. The
-least counts padded widths, as they are the batch that a step is given, keys and queries that causal attention needs,
-and no gradient of what is frozen. A scorer that runs the trunk again after the sampler is part of PPO's least: it is
+least counts tokens of texts and pairs without padding, prompts of samples and rollouts with it, keys and queries that
+causal attention needs, and no gradient of what is frozen. A scorer that runs the trunk again after the sampler is part of PPO's least: it is
 what makes the sampler checkable.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-from jax.extend import core
-
 from jaxrlhf import model
 from jaxrlhf.bench.work import Work
-
-
-def of_program(traced: Any, turns: int = 1) -> int:
-    """Of a traced function; a `while` loop, whose turns no program knows, counts `turns` times."""
-    return _count(traced.jaxpr.jaxpr, turns)
-
-
-def _count(jaxpr: Any, turns: int) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-        times = {"scan": equation.params.get("length"), "while": turns}.get(equation.primitive.name, 1)
-        total += times * sum(_count(inner, turns) for inner in core.jaxprs_in_params(equation.params))
-    return total
 
 
 def least(work: Work, arch: model.Architecture) -> int:

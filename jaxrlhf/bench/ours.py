@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import experiment, model, optim, ppo, reward, sampling, sft, sharding
+from jaxrlhf import experiment, model, optim, ppo, reward, roofline, sampling, sft, sharding
 from jaxrlhf.bench import floor
 from jaxrlhf.bench.work import TEXTS, WORDS, Work, over, serve
 from jaxrlhf.data import batches, task, tokens
@@ -85,18 +85,18 @@ def _diversity(work: Work) -> Callable[[], object]:
     return lambda: of_texts(texts_BN, blocks(np.arange(TEXTS)), paper_compat=False)
 
 
-def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
+def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[float, Callable[[], None]]:
     c = work.experiment.sampling
     prompts = _prompts(c.batch_size, work, arch)
     gen = sampling.Generation(
         work.experiment.model.response_length, c.temperature, top_k=c.top_k, top_p=c.top_p, eos_id=NO_TOKEN
     )
     arguments = (arch, gen, frozen, top, prompts.tokens_BP, prompts.mask_BP, jax.random.key(1), c.samples_per_prompt)
-    flops = floor.of_program(sampling.sample.trace(*arguments), gen.max_tokens - 1)
+    flops = roofline.flops(sampling.sample.trace(*arguments).jaxpr)
     return flops, lambda: _done(sampling.sample(*arguments))
 
 
-def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
+def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[float, Callable[[], None]]:
     c, mesh = work.experiment.sft, _mesh(work)
     texts = _texts(work, c.batch_size, ("response",))
     sizes = _sizes(work) | {"ways": mesh.shape["data"] * mesh.shape["fsdp"]}
@@ -106,7 +106,7 @@ def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
     return _steps(sft.step, arch, tx, optim.new_state(tx, top, _mesh(work)), frozen, batch)
 
 
-def _reward(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
+def _reward(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[float, Callable[[], None]]:
     c = work.experiment.reward
     texts = _texts(work, c.batch_size, ("chosen", "rejected"))
     rows = batches.pair_batches(*texts, batch_size=c.batch_size, seed=0, **_sizes(work))
@@ -135,8 +135,8 @@ def _texts(work: Work, count: int, fields: Sequence[str]) -> tuple[list[dict[str
     return records, tokens.word_tokenizer(WORDS_OF_TEXTS)
 
 
-def _steps(step: Any, arch: model.Architecture, tx: Any, state: Any, *given: Any) -> tuple[int, Callable[[], None]]:
-    flops = floor.of_program(step.trace(arch, tx, state, *given))
+def _steps(step: Any, arch: model.Architecture, tx: Any, state: Any, *given: Any) -> tuple[float, Callable[[], None]]:
+    flops = roofline.flops(step.trace(arch, tx, state, *given).jaxpr)
     held = [state]
 
     def once() -> None:
@@ -146,7 +146,7 @@ def _steps(step: Any, arch: model.Architecture, tx: Any, state: Any, *given: Any
     return flops, once
 
 
-def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[int, Callable[[], None]]:
+def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[float, Callable[[], None]]:
     c = work.experiment.ppo
     prompts = _prompts(c.batch_size, work, arch)
     gen = sampling.Generation(work.experiment.model.response_length, c.temperature, eos_id=NO_TOKEN)
@@ -168,9 +168,9 @@ def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
     drawn = jax.eval_shape(lambda state: sampling.sample(*drawing(state)), held[0])
     scoring = ppo.score.trace(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, drawn)
     rollout = scoring.out_info[0]
-    flops = floor.of_program(sampling.sample.trace(*drawing(held[0])), gen.max_tokens - 1)
-    flops += floor.of_program(scoring) + floor.of_program(ppo.update.trace(arch, tx, c, held[0], fixed, rollout, key))
-    return flops, once
+    updating = ppo.update.trace(arch, tx, c, held[0], fixed, rollout, key)
+    traced = sampling.sample.trace(*drawing(held[0])), scoring, updating
+    return sum(roofline.flops(t.jaxpr) for t in traced), once
 
 
 def _done(tree: Any) -> None:
