@@ -2,8 +2,8 @@
 
 In floating-point operations of matrix products, an addition and a multiplication each: all else is a few per cent. The
 least counts tokens of texts and pairs without padding, prompts of samples and rollouts with it, keys and queries that
-causal attention needs, and no gradient of what is frozen. A scorer that runs the trunk again after the sampler is part of PPO's least: it is
-what makes the sampler checkable.
+causal attention needs, and no gradient of what is frozen. A scorer that runs the trunk again after the sampler is part
+of PPO's least: it is what makes the sampler checkable.
 """
 
 from __future__ import annotations
