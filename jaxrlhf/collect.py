@@ -13,18 +13,13 @@ import numpy as np
 from jaxrlhf import hosts, names, policies, rollouts, scoring, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
-from jaxrlhf.files import UserError, write_json, write_records
+from jaxrlhf.files import write_json, write_records
 from jaxrlhf.types import PromptBatch, Sample, Top
 
 
 def sample(run: Run) -> None:
     """Writes samples/<policy>/<split>.jsonl for every policy of the run, skipping what is there whole already."""
     c = run.config.sampling
-    if c.best_of > c.pool or c.samples_per_prompt > c.pool:
-        raise UserError(
-            f"config.sampling.pool={c.pool} must be at least best_of={c.best_of} and samples_per_prompt="
-            f"{c.samples_per_prompt}"
-        )
     reward, policy = scoring.of_run(run), cache(run.policy)  # each checkpoint is checked and read once
     folder = run.workdir / "samples"
     ratios = c.temperature > 0 and c.top_k == 0 and c.top_p == 1  # else SFT may never give what the policy does

@@ -284,7 +284,8 @@ class Experiment:
     task: str = "world"  # world | files | datasets
     # Axes of a sweep: runs with every combination are trained, and what they share only once; see jaxrlhf/sweep.py.
     # An axis is its values with semicolons between, of one key or several: "ppo.kl_coef=0.05; 0.2" or
-    # "model.layers=4 model.width=32; model.layers=6 model.width=64". The first values are the base.
+    # "model.layers=4 model.width=32; model.layers=6 model.width=64". The first values are the base. A key that a value
+    # does not name is as without the sweep.
     sweep: tuple[str, ...] = ()
     methods: str = ""  # trained beside PPO and compared with it: of dpo, rloo, grpo, with commas between
     world: World = field(default_factory=World)

@@ -97,7 +97,6 @@ def implicit_rewards(run: Run, ref: Top, top: Top, records: Sequence, field: str
 def dpo(run: Run) -> None:
     """Trains the policy from SFT on the reward model's pairs; reports how it ranks every split's pairs."""
     c = run.config.dpo
-    sharding.check_divides("config.dpo.batch_size", c.batch_size, run.mesh, c.optim.accumulate)
     pairs = reward.preferences(run)
     reward.check_pairs(run, pairs)
     train_batches = batches.pair_batches(

@@ -86,7 +86,6 @@ def grpo(run: Run) -> None:
 
 
 def _train(run: Run, stage: str, c: Rloo | Grpo, epochs: int) -> None:
-    rollouts.check(run, stage, c, c.samples)
     held, shaping = rollouts.roles(run), run.config.ppo
     tx = optim.optimizer(c.optim, c.loop.steps * epochs * c.minibatches)
 

@@ -92,7 +92,6 @@ def respond(
     """Samples every record's prompt `samples` times, and scores the responses where a reward model is given."""
     frozen = run.base[0]
     batch_size = run.config.sampling.batch_size
-    sharding.check_divides("config.sampling.batch_size", batch_size, run.mesh)
     texts, finished, scores = [], [], []
     bar = progress(f"{run.title} {title}", len(records))
     prompt_batches = batches.eval_prompt_batches(

@@ -16,7 +16,6 @@ import optax
 from jaxrlhf import losses, model, optim, rollouts
 from jaxrlhf.config import Ppo
 from jaxrlhf.experiment import Run
-from jaxrlhf.files import UserError
 from jaxrlhf.reward import new_head
 from jaxrlhf.types import ActorCritic, Fixed, PpoRollout, PromptBatch, Sample, ScalarHead, Scorer, TrainState
 
@@ -110,7 +109,6 @@ def update(
 def ppo(run: Run) -> None:
     """Trains the policy from SFT against the reward model, with one frozen trunk for all four roles."""
     c = run.config.ppo
-    _check(run, c)
     held = rollouts.roles(run)
     tx = optim.optimizer(c.optim, c.loop.steps * c.epochs * c.minibatches)
     start = ActorCritic(top=held.fixed.ref, value=_value_head(run, held.fixed))
@@ -125,14 +123,6 @@ def ppo(run: Run) -> None:
         return state, seen | learnt
 
     rollouts.train(run, "ppo", c, held, state, lambda policy: policy.top, learn)
-
-
-def _check(run: Run, c: Ppo) -> None:
-    rollouts.check(run, "ppo", c)
-    if c.kl_estimator not in ("k1", "k2", "k3"):
-        raise UserError(f"config.ppo.kl_estimator={c.kl_estimator!r}: known are k1, k2, k3")
-    if c.value_init not in ("zero", "normal", "reward"):
-        raise UserError(f"config.ppo.value_init={c.value_init!r}: known are zero, normal, reward")
 
 
 def _value_head(run: Run, fixed: Fixed) -> ScalarHead:

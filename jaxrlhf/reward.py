@@ -62,7 +62,6 @@ def reward(run: Run) -> None:
     c = run.config.reward
     if c.init:
         return _adopt(run)
-    sharding.check_divides("config.reward.batch_size", c.batch_size, run.mesh, c.optim.accumulate)
     pairs = preferences(run)
     check_pairs(run, pairs)
     seeds = [run.seed("reward"), *(run.seed(f"reward {e}") for e in range(1, c.ensemble))]

@@ -16,7 +16,6 @@ from jaxrlhf import loop, losses, model, optim, policies, sampling, scoring, sha
 from jaxrlhf.config import Grpo, Ppo, Rloo
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
-from jaxrlhf.files import UserError
 from jaxrlhf.types import Fixed, Frozen, PromptBatch, Rollout, Sample, Top, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -243,25 +242,6 @@ def train(
     )
     cut = batches.cut({"train": run.task.ppo_prompts}, run.task.tokenizer, **run.lengths)
     run.finish(stage, {"steps": c.loop.steps, "prompts": len(run.task.ppo_prompts)} | cut)
-
-
-def check(run: Run, stage: str, c: Ppo | Rloo | Grpo, samples: int = 1) -> None:
-    """`UserError` for batches that do not divide over the devices or into minibatches, and for greedy rollouts."""
-    sharding.check_divides(f"config.{stage}.batch_size", c.batch_size, run.mesh)
-    if c.batch_size * samples % c.minibatches:
-        times = f" x config.{stage}.samples={samples}" if samples > 1 else ""
-        raise UserError(
-            f"config.{stage}.batch_size={c.batch_size}{times} does not divide into "
-            f"config.{stage}.minibatches={c.minibatches}; "
-            f"batch_size={c.batch_size // c.minibatches * c.minibatches or c.minibatches} would"
-        )
-    rows, parts = c.batch_size * samples // c.minibatches, c.optim.accumulate
-    if rows % parts:
-        raise UserError(
-            f"config.{stage}.optim.accumulate={parts}: a minibatch's {rows} responses do not divide into as many parts"
-        )
-    if c.temperature <= 0:
-        raise UserError(f"config.{stage}.temperature={c.temperature}: rollouts are sampled, so it must be above 0")
 
 
 def _gold(run: Run, batch: PromptBatch, drawn: Sample) -> dict[str, float]:

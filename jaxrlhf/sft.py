@@ -62,7 +62,6 @@ def train(
 ) -> None:
     """Trains `top` on examples of {prompt, response}, for `pretrain` and `sft` alike."""
     c = run.config.sft if stage == "sft" else run.config.pretrain
-    sharding.check_divides(f"config.{stage}.batch_size", c.batch_size, run.mesh, c.optim.accumulate)
     train_batches = batches.sft_batches(
         examples,
         run.task.tokenizer,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 
-from jaxrlhf import collect, dpo, groups, hosts, hub, ppo, reward, scoring, sft
+from jaxrlhf import checks, collect, dpo, groups, hosts, hub, ppo, reward, scoring, sft
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
 from jaxrlhf.evaluation import report, results
 from jaxrlhf.experiment import Run
-from jaxrlhf.files import writes
+from jaxrlhf.files import read_json, writes
 from jaxrlhf.logs import say
 from jaxrlhf.store import Workdir
 
@@ -37,16 +37,15 @@ def run_stages(config: Experiment, kept: Workdir, stages: Sequence[str], skip_fi
     fresh, data = False, None
     if any(s in _TRAIN for s in stages):
         data = hosts.first_then_all(lambda: _load(config, kept))
+        _check_batches(config, workdir, data, stages, skip_finished)
     for stage in stages:
         title = f"[{config.stages.index(stage) + 1}/{len(config.stages)}] {stage}"
         if stage == "evaluate":
             fresh = hosts.decided(partial(_evaluate, config, workdir, title, fresh or not skip_finished)) or fresh
         elif stage == "report":
             hosts.decided(partial(_report, kept, title, fresh or not skip_finished))
-        elif stage == "pretrain" and config.model.init:
-            say(f"{title}: the base is imported from {config.model.init}")
-        elif stage == "pretrain" and config.pretrain.init != "scratch":
-            say(f"{title}: the base {config.pretrain.init!r} is shipped; --config.pretrain.init=scratch makes it anew")
+        elif stage == "pretrain" and (whence := _base_from(config)):
+            say(f"{title}: the base {whence}")
         else:
             assert data is not None
             run = Run(config, workdir, data, title, kept if kept.remote else None)
@@ -62,6 +61,25 @@ def run_stages(config: Experiment, kept: Workdir, stages: Sequence[str], skip_fi
             fresh = True
 
 
+def _base_from(config: Experiment) -> str:
+    """Where the base comes from, in words, if not from stage `pretrain`."""
+    if config.model.init:
+        return f"is imported from {config.model.init}"
+    if config.pretrain.init != "scratch":
+        return f"{config.pretrain.init!r} is shipped; --config.pretrain.init=scratch makes it anew"
+    return ""
+
+
+def _check_batches(
+    config: Experiment, workdir: Path, data: task.Task, stages: Sequence[str], skip_finished: bool
+) -> None:
+    """`UserError` for what a stage that is due would stop at after hours of others."""
+    run = Run(config, workdir, data, "")
+    done = {s for s in stages if s in _TRAIN and skip_finished and run.finished(s)}
+    done |= {"pretrain"} if _base_from(config) else set()
+    checks.divides(config, [s for s in stages if s not in done], run.mesh)
+
+
 def _load(config: Experiment, kept: Workdir) -> task.Task:
     if not writes():
         kept.fetch()
@@ -71,8 +89,13 @@ def _load(config: Experiment, kept: Workdir) -> task.Task:
 
 
 def _evaluate(config: Experiment, workdir: Path, title: str, due: bool) -> bool:
-    """Whether it was due."""
-    if due := due or not (workdir / "results.json").exists():
+    """Whether it was due: `due`, or what is there was measured by other settings, or nothing is there."""
+    found = workdir / "results.json"
+    if not due and found.exists():
+        now = read_json(workdir / "config.json")["evaluation"]
+        if due := read_json(found).get("config", {}).get("evaluation") != now:
+            say(f"{title}: {found.name} was measured by other settings of config.evaluation")
+    if due := due or not found.exists():
         say(f"{title}: measuring generalisation and diversity")
         print(results.table(results.evaluate_samples(workdir, config)))
     return due

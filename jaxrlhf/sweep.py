@@ -26,7 +26,7 @@ from jaxrlhf import names, recipes, stages
 from jaxrlhf.claim import bound, claim, sampled
 from jaxrlhf.config import Experiment
 from jaxrlhf.evaluation import report, tradeoff
-from jaxrlhf.files import Failure, Stopped, UserError, read_json
+from jaxrlhf.files import Failure, Stopped, UserError
 from jaxrlhf.logs import say
 from jaxrlhf.store import Workdir
 
@@ -58,10 +58,10 @@ def points(e: Experiment) -> list[Point]:
     for chosen in itertools.product(*axes):
         firsts = dict(next(iter(values.items())) for values in chosen)
         name = ",".join(f"{_short(key, firsts)}={value.replace('/', '_')}" for key, value in firsts.items())
-        if name in [p.name for p in found]:
-            raise UserError(f"config.sweep: {name} twice; a value stands once on its axis")
         setting = {key: value for key, value in firsts.items() if key not in SEEDS}
         experiment = _changed(e, {k: v for values in chosen for k, v in values.items()})
+        if name in [p.name for p in found] or experiment in [p.experiment for p in found]:
+            raise UserError(f"config.sweep: {name} twice; a value stands once on its axis")
         found.append(Point(name, setting, seeds[0] if seeds else "", experiment))
     return found
 
@@ -89,7 +89,6 @@ def run(e: Experiment, workdir: Path) -> None:
         try:
             claim(folder, point.experiment)
             _share(point.experiment, folder, workdir)
-            _unless_measured_so(folder)
             due = [s for s in point.experiment.stages if s != "report"]
             stages.run_stages(point.experiment, Workdir(folder), due, skip_finished=True)
             ran.append(tradeoff.Ran(point.name, point.setting, point.seed_key, folder))
@@ -180,13 +179,6 @@ def _share(e: Experiment, folder: Path, workdir: Path) -> None:
         _link(folder / what, workdir / "shared" / f"{what.replace('/', '-')}-{digest}")
     if (workdir / "base").exists():
         _link(folder / "base", workdir / "base")
-
-
-def _unless_measured_so(folder: Path) -> None:
-    """Drops a point's results that another `config.evaluation` measured, so that all points are measured alike."""
-    path = folder / "results.json"
-    if path.exists() and read_json(path)["config"]["evaluation"] != read_json(folder / "config.json")["evaluation"]:
-        path.unlink()
 
 
 def _link(link: Path, target: Path) -> None:

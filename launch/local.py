@@ -43,7 +43,10 @@ def main(argv: list[str]) -> int:
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: _send(processes, signal.SIGINT))
-        _start(processes, c.command, c.n, c.devices_per_process, logs)
+        try:
+            _start(processes, c.command, c.n, c.devices_per_process, logs)
+        except OSError as error:
+            parser.error(f"{c.command[0]}: {error.strerror}")
         if ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         failed = _wait(processes)

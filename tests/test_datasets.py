@@ -156,6 +156,16 @@ def test_ones_own_files_by_a_field_map(tmp_path):
     assert list(found.splits["train"]) == [
         {"id": datasets.identity("x {y}"), "post": "x {y}", "subreddit": "s", "response": "z"}
     ]
+    # A field of the map is never what happens to be called so.
+    both = [{"post": "p", "body": "b", "response": "r"}] * 2 + [{"post": "p", "response": "r"}]
+    lines(tmp_path / "both" / "mine.train.jsonl", both)
+    source = Source(path=str(tmp_path / "both"), fields=("post=body",))
+    found = datasets.prepare("own", row, source, ("train",), tmp_path / "made", 0.5, print)
+    assert ([r["post"] for r in found.splits["train"]], found.malformed) == (["b", "b"], 1)
+    nowhere = Source(path=str(tmp_path / "both"), fields=("post=body", "response=summry"))
+    says = "own.fields has 'response=summry', but no record has a column 'summry'; there are body, post, response"
+    with pytest.raises(UserError, match=says):
+        datasets.prepare("own", row, nowhere, ("train",), tmp_path / "made", 1, print)
     with pytest.raises(UserError, match="fields has 'post'; it must be field=column"):
         datasets.prepare("own", row, Source(path=str(tmp_path), fields=("post",)), ("train",), tmp_path, 0, print)
 
@@ -218,6 +228,33 @@ def test_prepared_once_for_each_state_of_the_files(tmp_path, monkeypatch):
         marker.unlink()
     with pytest.raises(UserError, match="is not whole any more; delete it"):
         prepare("tldr", Source(path=str(path)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("latest", "train"),
+        ("retrieval", "train"),
+        ("mine", "train"),
+        ("my_test", "test"),
+        ("valid-1", "validation"),
+        ("validation", "validation"),
+        ("training", "train"),
+    ],
+)
+def test_the_split_of_a_file_is_a_word_of_its_name(tmp_path, name, split):
+    lines(tmp_path / f"{name}.jsonl", [{"post": "p", "response": "r"}])
+    source = Source(path=str(tmp_path / f"{name}.jsonl"))
+    row = datasets.own("own", ["post"], "Sum up: {post}")
+    splits = ("train", "validation", "test")
+    assert list(datasets.prepare("own", row, source, splits, tmp_path / "made", 0, print).splits) == [split]
+
+
+def test_a_body_is_the_post_under_whatever_title():
+    titled = {"id": "1", "title": "a", "text": "b c", "subreddit": "s", "response": "r"}
+    assert datasets.body(titled) == datasets.body(titled | {"title": "x", "response": "q"}) == "b c"
+    assert datasets.body({"id": "1", "title": "a", "subreddit": "s", "response": "r"}) == "s\na"
+    assert datasets.body({"question": "q", "context": "c", "chosen": "x"}) == "c\nq"
 
 
 def test_paths_that_lead_nowhere(tmp_path):

@@ -123,6 +123,24 @@ def test_a_second_run_skips_everything(workdir, monkeypatch, request, capsys):
     assert stable_files(workdir) == before
 
 
+def test_other_settings_of_the_measurement_measure_again(workdir, tmp_path, monkeypatch, request, capsys):
+    shutil.copytree(workdir, copy := tmp_path / "copy")
+    monkeypatch.chdir(request.config.rootpath)
+    monkeypatch.setattr(ppo, "update", None)
+    argv = ["jaxrlhf", "run", RECIPE, f"--workdir={copy}", "--config.evaluation.cut_words=3"]
+    for again in (True, False):
+        assert main(argv) == 0
+        said = capsys.readouterr().err
+        assert ("measured by other settings of config.evaluation" in said, "report: complete" in said) == (
+            again,
+            not again,
+        )
+        results = json.loads((copy / "results.json").read_text())
+        assert results["config"]["evaluation"]["cut_words"] == 3
+        found = [m["cut"]["words"] for splits in results["policies"].values() for m in splits.values()]
+        assert set(found) == {3}
+
+
 # ---- out to transformers, and in again
 
 

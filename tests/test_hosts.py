@@ -296,6 +296,16 @@ def test_an_environment_that_is_not_whole_is_named(monkeypatch, variables, messa
 # ---- launch/local.py, on commands without JAX
 
 
+def test_a_command_that_is_not_there():
+    done = subprocess.run(
+        [sys.executable, LOCAL, "-n", "2", "--", "nosuchcommand"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "local.py: error: nosuchcommand: No such file or directory",
+    )
+
+
 def test_the_first_to_fail_is_told_and_the_others_ended(tmp_path):
     program = (
         "import os, sys, time\n"

@@ -1,13 +1,17 @@
 """The command line as a user meets it: exit status, one line, nothing half-written."""
 
 import json
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from encoder_directories import TINY
 
-from jaxrlhf.files import Stopped, read_records, write_records
+from jaxrlhf import checks
+from jaxrlhf.config import Dpo, Experiment, Optim, Sampling, Sft
+from jaxrlhf.files import Stopped, UserError, read_records, write_records
 from jaxrlhf.main import main
 
 RECIPE = "--config=configs/quickstart.py:smoke"
@@ -106,10 +110,23 @@ def test_a_mesh_that_does_not_fit(capsys, tmp_path):
         ("methods=dpo,kto", "config.methods='kto': known are dpo, rloo, grpo"),
         ("dpo.loss=hinge", "config.dpo.loss='hinge': known are sigmoid, ipo"),
         ("dpo.beta=0.0", "config.dpo.beta=0.0: must be from"),
-        ("rloo.samples=1", "config.rloo.samples=1: a baseline takes 2 or more"),
+        ("rloo.samples=1", "config.rloo.samples=1: must be at least 2"),
         ("grpo.kl_coef=-0.5", "config.grpo.kl_coef=-0.5: must be from 0"),
         ("ppo.forward_kl_coef=-0.5", "config.ppo.forward_kl_coef=-0.5: must be from 0"),
         ("reward.ensemble=0", "config.reward.ensemble=0: must be at least 1"),
+        ("ppo.kl_estimator=k9", "config.ppo.kl_estimator='k9': known are k1, k2, k3"),
+        ("ppo.value_init=foo", "config.ppo.value_init='foo': known are zero, normal, reward"),
+        ("reward.optim.schedule=linaer", "config.reward.optim.schedule='linaer': known are constant, linear, cosine"),
+        ("rloo.temperature=0.0", "config.rloo.temperature=0.0: must be from 1e-06"),
+        ("ppo.minibatches=3", "does not divide into config.ppo.minibatches=3"),
+        ("ppo.optim.accumulate=7", "config.ppo.optim.accumulate=7: a minibatch's"),
+        ("sampling.best_of=1000", "must be at least best_of=1000"),
+        ("pretrain.optim.warmup=-5", "config.pretrain.optim.warmup=-5: must be at least 0"),
+        ("sft.optim.b1=1.5", "config.sft.optim.b1=1.5: must be from 0 to 1"),
+        ("ppo.entropy_coef=nan", "config.ppo.entropy_coef=nan: must be from -1e+06"),
+        ("sampling.top_k=-2", "config.sampling.top_k=-2: must be at least 0"),
+        ("datasets.evaluation_prompts=-5", "config.datasets.evaluation_prompts=-5: must be at least 0"),
+        ("datasets.vocab_size=-1", "config.datasets.vocab_size=-1: must be at least 256"),
         ("reward.combine=median", "config.reward.combine='median': known are mean, worst, uncertainty"),
     ],
 )
@@ -122,6 +139,26 @@ def test_a_mistake_that_a_stage_finds_leaves_the_workdir_to_the_corrected_config
     argv = ["sft", RECIPE, f"--workdir={tmp_path / 'x'}"]
     assert "config.model" in refused(capsys, *argv, "--config.model.heads=3", "--config.pretrain.init=scratch")
     assert not (tmp_path / "x" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        (["pretrain", "sft"], "config.sft.batch_size=6 does not divide over data x fsdp = 4 devices; 4 or 8 would"),
+        (["dpo"], "config.dpo.batch_size=16 does not divide over data x fsdp = 4 devices x optim.accumulate = 3"),
+        (["ppo", "sample"], "config.sampling.batch_size=2 does not divide"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused_before_the_first_stage(stages, says):
+    e = Experiment(
+        sft=Sft(batch_size=6),
+        dpo=Dpo(batch_size=16, optim=Optim(accumulate=3)),
+        sampling=Sampling(batch_size=2),
+    )
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 1})
+    checks.divides(e, ["pretrain", "ppo", "evaluate"], mesh)
+    with pytest.raises(UserError, match=re.escape(says)):
+        checks.divides(e, stages, mesh)
 
 
 @pytest.mark.parametrize(

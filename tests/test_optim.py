@@ -6,7 +6,6 @@ import pytest
 
 from jaxrlhf import optim, sharding
 from jaxrlhf.config import Mesh, Optim
-from jaxrlhf.files import UserError
 from jaxrlhf.types import ActorCritic, ScalarHead, Scorer
 
 
@@ -27,14 +26,6 @@ def test_schedules_by_hand(kind, expected):
     np.testing.assert_allclose(rates(4, schedule=kind), expected, atol=1e-6)
     # The warm-up comes out of the stage's steps, so that the rate still ends at 0.
     np.testing.assert_allclose(rates(6, schedule=kind, warmup=2), [0, 0.4, *expected], atol=1e-6)
-
-
-def test_an_unknown_schedule_is_one_line_that_names_the_key():
-    with pytest.raises(UserError) as error:
-        optim.optimizer(Optim(schedule="cosin"), 10)
-    assert "optim.schedule='cosin'" in str(error.value)
-    assert "constant, linear, cosine" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def step(c, grads, params):

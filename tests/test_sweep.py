@@ -17,7 +17,8 @@ from jaxrlhf.main import main
 from jaxrlhf.recipes import parse, resolve
 
 ROOT = Path(__file__).parents[1]
-AXIS = "sampling.best_of=2; 3; 9"  # 9 are more than the pool has
+# There are no nine devices.
+AXIS = "sampling.best_of=2 mesh.data=-1; sampling.best_of=3 mesh.data=-1; sampling.best_of=4 mesh.data=9"
 ARGV = [
     "jaxrlhf",
     "run",
@@ -57,13 +58,13 @@ def test_points_train_what_they_share_once(done):
     path, status = done
     assert status == 1
     folders = [p.name.rpartition("-")[0] for p in (path / "shared").iterdir()]
-    # Best-of-9 never sampled, and has an empty folder of its own.
+    # Best-of-4 never sampled, and has an empty folder of its own.
     assert Counter(folders) == Counter(
         ["data", "pretrain", "sft", "reward", "ppo", "samples-sft", "samples-ppo", *3 * ["samples-bon"]]
     )
     for stage in ("sft", "reward", "ppo"):
         assert len(list((path / "shared").glob(f"{stage}-*/timings.jsonl"))) == 1
-        ends = {(path / "points" / f"best_of={n}" / stage).resolve() for n in (2, 3, 9)}
+        ends = {(path / "points" / f"best_of={n}" / stage).resolve() for n in (2, 3, 4)}
         assert len(ends) == 1
 
 
@@ -72,8 +73,8 @@ def test_a_point_that_fails_is_named_and_the_others_are_there(done):
     results = json.loads((path / "results.json").read_text())
     told = results["tradeoff"]
     assert told["equal_kl"] == {}  # one PPO is no curve
-    assert list(told["failed"]) == ["best_of=9"]
-    assert "config.sampling.pool=6 must be at least best_of=9" in told["failed"]["best_of=9"]
+    assert list(told["failed"]) == ["best_of=4"]
+    assert "config.mesh: data x fsdp x tensor = 9" in told["failed"]["best_of=4"]
     assert [(p["policy"], p["setting"]["sampling.best_of"]) for p in told["points"]] == [
         ("sft", "2"),
         ("bon", "2"),
@@ -81,8 +82,8 @@ def test_a_point_that_fails_is_named_and_the_others_are_there(done):
         ("bon", "3"),
     ]
     page = (path / "report" / "index.html").read_text()
-    assert "best_of=9: config.sampling.pool=6 must be at least" in page
-    assert not (path / "points" / "best_of=9" / "config.json").exists()  # the corrected config may have the folder
+    assert "best_of=4: config.mesh: data x fsdp x tensor = 9" in page
+    assert not (path / "points" / "best_of=4" / "config.json").exists()  # the corrected config may have the folder
 
 
 def test_the_numbers_of_curves_are_those_of_the_points(done):
@@ -164,6 +165,8 @@ def test_points_are_every_combination_with_the_first_axis_slowest():
         (("ppo.kl_coef=1; ; 2",), "is no axis"),
         (("ppo.kl_coef=1; ppo.lam=2",), "is no axis"),
         (("ppo.kl_coef=1; 1",), "kl_coef=1 twice"),
+        (("ppo.kl_coef=0.05; 5e-2",), "kl_coef=5e-2 twice"),
+        (("sampling.best_of=2; 512",), "config.sampling.pool=256 must be at least best_of=512"),
         (("ppo.kl_coef=1; -1",), "config.ppo.kl_coef=-1.0: must be from 0"),
         (("seed=0; 1", "ppo.seed=0; 1"), "one axis of seeds"),
         (("files.id_sources=a; b",), "cannot be swept"),

@@ -40,14 +40,17 @@ class Dataset:
 
 
 def body(row: Mapping[str, str]) -> str:
-    """What a row is about, without title and answers: by this, rows count as the same, and are measured."""
+    """What a row is about, without title and answers: by this, rows count as the same, and are measured.
+
+    `post`, `article` or `prompt`, an instruction with its input, or all other fields but `title` and `subreddit`.
+    """
     for name in ("post", "article", "prompt"):
         if row.get(name):
             return row[name]
     if row.get("instruction"):
         return prompts.question(row)
-    answers = ("id", "response", "chosen", "rejected")
-    return "\n".join(v for k, v in sorted(row.items()) if k not in answers)
+    held = {k: v for k, v in sorted(row.items()) if k not in ("id", "response", "chosen", "rejected")}
+    return "\n".join(v for k, v in held.items() if k not in ("title", "subreddit")) or "\n".join(held.values())
 
 
 def identity(text: str) -> str:
@@ -262,7 +265,7 @@ def prepare(
     folder = data_dir / name / mark[:16]
     if not (folder / "source.json").exists():
         found = found or sources.hub(key, hub_id, revision, dataset.folders, names)
-        rows, malformed = _read(dataset, c, found)
+        rows, malformed = _read(key, dataset, c, found)
         _check(malformed, sum(map(len, rows.values())) + len(malformed), at_most, log)
         _open(dataset, folder, mark, {s: (lambda r=r: r) for s, r in rows.items()})
         write_records(folder / "malformed.jsonl", malformed)
@@ -303,25 +306,36 @@ def _check(malformed: list[dict[str, str]], total: int, at_most: float, log: Cal
         )
 
 
-def _read(dataset: Dataset, c: Source, found: sources.Files) -> tuple[dict[str, list[Row]], list[dict[str, str]]]:
-    renamed = _renamed(c)
+def _read(
+    key: str, dataset: Dataset, c: Source, found: sources.Files
+) -> tuple[dict[str, list[Row]], list[dict[str, str]]]:
+    renamed = _renamed(key, c)
     rows: dict[str, list[Row]] = {}
-    malformed = []
+    malformed, columns = [], set()
     for split, paths in found.by_split.items():
         for where, record in (r for path in paths.values() for r in sources.raw(path)):
             try:
                 if isinstance(record, Malformed):
                     raise record
-                record = record | {field: record[column] for field, column in renamed.items() if column in record}
+                columns |= record.keys()
+                # A field of the map never falls back on a column of its own name.
+                kept = {k: v for k, v in record.items() if k not in renamed}
+                record = kept | {field: record[column] for field, column in renamed.items() if column in record}
                 own, row = dataset.parse(record)
                 rows.setdefault(own or split, []).append(row)
             except Malformed as error:
                 malformed.append({"where": where, "why": str(error)})
+    for field, column in renamed.items():
+        if columns and column not in columns:
+            raise UserError(
+                f"{key}.fields has '{field}={column}', but no record has a column {column!r}; there are "
+                f"{', '.join(sorted(columns))}"
+            )
     return rows, malformed
 
 
-def _renamed(c: Source) -> dict[str, str]:
+def _renamed(key: str, c: Source) -> dict[str, str]:
     for entry in c.fields:
         if not re.fullmatch(r"\w+=.+", entry):
-            raise UserError(f"config.datasets: fields has {entry!r}; it must be field=column")
+            raise UserError(f"{key}.fields has {entry!r}; it must be field=column")
     return dict(entry.split("=", 1) for entry in c.fields)

@@ -97,6 +97,8 @@ def select(c: Datasets, seed: int, tokenizer: Tokenizer | None, workdir: Path, l
         if lacking := form.fields - set(known[name].fields):
             raise UserError(f"{KEY}.prompt asks for {{{min(lacking)}}}; {name} has {', '.join(known[name].fields)}")
     data_dir = Path(c.data_dir) if c.data_dir else workdir / "data"
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UserError(f"{KEY}.data_dir={c.data_dir!r}: it is a file; name a folder")
     found = {
         name: datasets.prepare(name, d, source(c, name), _needed(c, name), data_dir, c.malformed, log)
         for name, d in known.items()
@@ -228,7 +230,13 @@ def _uses(c: Datasets, seed: int, found: Mapping[str, Prepared]) -> dict[str, Us
         if split in texts and split != "train":
             return Use(name, split, list(range(len(texts[split]))))
         if "train" not in texts:
-            raise UserError(f"{KEY}.{name}: it has {', '.join(texts) or 'no split'}, but neither train nor {split}")
+            if not texts:
+                raise UserError(f"{KEY}.{name}: there is no record in it")
+            needed = "train" if split == "train" else f"train nor {split}"
+            raise UserError(
+                f"{KEY}.{name}: files' names say {', '.join(texts)}, but not {needed}; a file is of the split whose "
+                "name is a word of its own, a single file that names none is of train"
+            )
         held = lacks | {s for s in _needed(c, name) & set(splits.HELD_OUT) if s not in texts}
         keys = [datasets.identity(datasets.body(r)) for r in texts["train"]]
         return Use(name, "train", splits.held_out(keys, c.held_out, seed, sorted(held))[split])

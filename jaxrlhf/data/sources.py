@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _split_of(name: str, names: Mapping[str, str]) -> str:
-    return next((split for split, word in names.items() if word in name), "")
+    """The first split whose word is in the name as a word: `test` is not in latest.jsonl, `val` in validation.jsonl."""
+    ends = r"(ing|id|idation|s)?(?![a-zA-Z])"
+    return next((s for s, word in names.items() if not word or re.search(f"(?<![a-zA-Z]){word}{ends}", name)), "")
 
 
 def _check_suffix(key: str, path: Path) -> None:
