@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, optim, reward, sharding
+from jaxrlhf import head, loop, losses, model, optim, reward, sharding
 from jaxrlhf.config import Dpo
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import mean_estimate
@@ -30,11 +30,7 @@ def token_logp(
     """Log-probability [B, T] of each token after those before it in its text, from the trunk's states; 0 of a first."""
     final_BTD, before_BT = model.run_top(arch, top, token_BT, hidden_BTD, mask_BT), model.before(mask_BT)
     final_BTD = jnp.take_along_axis(final_BTD, jnp.maximum(before_BT, 0)[..., None], 1)
-    logits = partial(model.logits, arch, frozen, top)
-    if frozen.embed:
-        logp_BT, _ = losses.head_logp(logits, final_BTD, token_BT)
-    else:
-        logp_BT, _ = losses.token_logp(logits(final_BTD), token_BT)
+    logp_BT, _ = head.logp(arch, frozen, top, final_BTD, token_BT)
     return jnp.where(before_BT >= 0, logp_BT, 0.0)
 
 

@@ -5,8 +5,6 @@ Masks are f32, 1 = real token. Whatever stands on padding changes neither values
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -49,54 +47,6 @@ def token_logp(logits_BRV: jax.Array, target_BR: jax.Array, temperature: float =
     # p log p is 0 at p = 0; the select keeps 0 * inf out of value and gradient.
     entropy_BR = -(jnp.exp(logp_BRV) * jnp.where(jnp.isfinite(logp_BRV), logp_BRV, 0.0)).sum(-1)
     return jnp.take_along_axis(logp_BRV, target_BR[..., None], -1)[..., 0], entropy_BR
-
-
-def head_logp(
-    logits: Callable[[jax.Array], jax.Array],
-    final_BRD: jax.Array,
-    target_BR: jax.Array,
-    temperature: float = 1.0,
-    most: int = 2**24,
-) -> tuple[jax.Array, jax.Array]:
-    """`token_logp` of logits(final_BRD), for a frozen head, without ever holding [B, R, V]: two f32 [B, R].
-
-    Takes a few positions at a time, whose logits have `most` numbers together (64 MB), or one position. The slope of
-    each log-probability with respect to its own final state is taken while the logits are there, so that the backward
-    pass is a multiplication. The entropies have no gradient, and to ask for one of the head is an error.
-    """
-
-    def read(final_BrD: jax.Array, target_Br: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return token_logp(logits(final_BrD), target_Br, temperature)
-
-    def forward(final_BrD: jax.Array, target_Br: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        logp_Br, pull, entropy_Br = jax.vjp(lambda x: read(x, target_Br), final_BrD, has_aux=True)
-        return (logp_Br, entropy_Br), pull(jnp.ones_like(logp_Br))[0]
-
-    def backward(slope_BrD: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return (grads[0][..., None] * slope_BrD).astype(slope_BrD.dtype), None
-
-    part = jax.custom_vjp(read)
-    part.defvjp(forward, backward)
-    B, R, _ = final_BRD.shape
-    V = jax.eval_shape(logits, final_BRD).shape[-1]
-    parts = -(-R // max(most // (B * V), 1))
-    r = -(-R // parts)
-    if parts == 1:
-        return part(final_BRD, target_BR)
-
-    def in_parts(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, parts * r - R), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(B, parts, r, *x.shape[2:]).swapaxes(0, 1)
-
-    read_PBr = jax.lax.map(lambda x: part(*x), (in_parts(final_BRD), in_parts(target_BR)))
-    logp_BR, entropy_BR = (x.swapaxes(0, 1).reshape(B, parts * r)[:, :R] for x in read_PBr)
-    return logp_BR, entropy_BR
-
-
-def sft_loss(logp_BT: jax.Array, weight_BT: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Weighted mean of -log p in nats: sum(w * -logp) / sum(w), 0 where all weights are; `tokens` is sum(w)."""
-    loss = masked_mean(-logp_BT, weight_BT)
-    return loss, {"loss": loss, "tokens": weight_BT.astype(jnp.float32).sum()}
 
 
 def reward_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> tuple[jax.Array, Metrics]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import loop, losses, model, optim, policies, sampling, scoring, sharding
+from jaxrlhf import head, loop, losses, model, optim, policies, sampling, scoring, sharding
 from jaxrlhf.config import Grpo, Ppo, Rloo
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
@@ -57,12 +57,12 @@ def read(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy [B, R] at the last R tokens, from `final_states`.
 
-    Without `entropy_gradient` the entropy may have none, which spares holding the logits.
+    Without `entropy_gradient` the entropy has none, which spares holding the logits.
     """
-    logits, target_BR = partial(model.logits, arch, frozen, top), token_BT[:, -final_BRD.shape[1] :]
-    if frozen.embed and not entropy_gradient:
-        return losses.head_logp(logits, final_BRD, target_BR, temperature)
-    return losses.token_logp(logits(final_BRD), target_BR, temperature)
+    target_BR = token_BT[:, -final_BRD.shape[1] :]
+    if entropy_gradient:
+        return losses.token_logp(model.logits(arch, frozen, top, final_BRD), target_BR, temperature)
+    return head.logp(arch, frozen, top, final_BRD, target_BR, temperature)
 
 
 @partial(jax.jit, static_argnames=("arch", "responses", "temperature"))

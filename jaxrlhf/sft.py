@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from jaxrlhf import loop, losses, model, optim, sharding
+from jaxrlhf import head, loop, model, optim, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.data.task import Records
 from jaxrlhf.experiment import Run
@@ -16,15 +17,14 @@ from jaxrlhf.types import Frozen, SftBatch, Top, TrainState
 
 
 def loss(arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted cross-entropy of each token given those before it."""
+    """sum(w * -log p) / sum(w) of tokens given those before them, in nats, 0 where all w are; `tokens` is sum(w)."""
     hidden_BTD = jax.lax.stop_gradient(model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT))
     final_BTD = model.run_top(arch, top, batch.tokens_BT, hidden_BTD, batch.mask_BT)[:, :-1]
-    logits, target_BT = partial(model.logits, arch, frozen, top), batch.tokens_BT[:, 1:]
-    if frozen.embed:
-        logp_BT, _ = losses.head_logp(logits, final_BTD, target_BT)
-    else:
-        logp_BT, _ = losses.token_logp(logits(final_BTD), target_BT)
-    return losses.sft_loss(logp_BT, batch.weight_BT[:, 1:])
+    weight_BT = batch.weight_BT[:, 1:].astype(jnp.float32)
+    tokens = weight_BT.sum()
+    total = head.weighted_logp(arch, frozen, top, final_BTD, batch.tokens_BT[:, 1:], weight_BT)
+    value = -total / jnp.where(tokens > 0, tokens, 1.0)
+    return value, {"loss": value, "tokens": tokens}
 
 
 @partial(jax.jit, static_argnames=("arch", "tx", "parts"), donate_argnames=("state",))

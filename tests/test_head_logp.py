@@ -1,5 +1,6 @@
-"""Log-probabilities read off a frozen head a few positions at a time."""
+"""Log-probabilities read off a head a few positions at a time."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,41 +8,126 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import losses, model, rollouts
+from jaxrlhf import head, losses, model, rollouts, sft
 from jaxrlhf.split import split
+from jaxrlhf.types import Frozen, SftBatch, Top
+
+V, D = 7, 4
+TARGET_BR = jnp.asarray(np.random.default_rng(2).integers(0, V, (2, 5)), jnp.int32)
+# OPT has learned positions, a tied head and, here, a narrower embedding; Gemma squashes its logits.
+ARCHS = {
+    "opt": {"embed_width": 3},
+    "llama": {},
+    "gemma2": {"final_softcap": 1.5, "windows": ()},
+}
 
 
-@pytest.mark.parametrize("most", [1, 2 * 3 * 7, 2**24])
-def test_a_frozen_head_read_in_parts_equals_the_whole(most):
-    """One, three (which does not divide the five) and all positions at a time: values and gradients."""
-    rng = np.random.default_rng(0)
-    final_BRD, head_DV, cotangent_BR = (
-        jnp.asarray(rng.normal(0, s, shape), jnp.float32) for s, shape in ((1, (2, 5, 4)), (2, (4, 7)), (1, (2, 5)))
-    )
-    target_BR = jnp.asarray(rng.integers(0, 7, (2, 5)), jnp.int32)
-    logits = lambda x: 3 * jnp.tanh(x @ head_DV / 3)  # noqa: E731
-
-    def whole(final_BRD):
-        return losses.token_logp(logits(final_BRD), target_BR, 0.7)
-
-    def in_parts(final_BRD):
-        return losses.head_logp(logits, final_BRD, target_BR, 0.7, most)
-
-    (wanted_BR, entropy_BR), pull = jax.vjp(whole, final_BRD)
-    (found_BR, found_entropy_BR), pull_found = jax.vjp(in_parts, final_BRD)
-    assert np.allclose(found_BR, wanted_BR, atol=1e-6)
-    assert np.allclose(found_entropy_BR, entropy_BR, atol=1e-6)
-    wanted_BRD = pull((cotangent_BR, jnp.zeros((2, 5))))[0]
-    assert np.abs(wanted_BRD).max() > 0.1
-    assert np.allclose(pull_found((cotangent_BR, jnp.ones((2, 5))))[0], wanted_BRD, atol=1e-5)
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, 1, shape), jnp.float32)
 
 
-def test_a_head_that_is_trained_cannot_be_read_as_a_frozen_one():
-    def total(head_DV):
-        return losses.head_logp(lambda x: x @ head_DV, jnp.ones((1, 2, 3)), jnp.int32([[0, 1]]))[0].sum()
+def setting(family, trained):
+    """A model without blocks, whose head is trained or frozen, and final states."""
+    sizes = {"vocab_size": V, "layers": 1, "width": D, "heads": 1, "kv_heads": 1, "head_width": 4, "ff_width": 4}
+    arch = model.Architecture(**model.FAMILIES[family] | sizes | {"max_positions": 6} | ARCHS[family])
+    params = model.init(arch, jax.random.key(0))
+    ends = {"embed": params["embed"], "lm_head": params["lm_head"]}
+    none = {"embed": {}, "lm_head": {}}
+    frozen = Frozen(blocks={}, **(none if trained else ends))
+    return arch, frozen, Top(blocks={}, final_norm={}, **(ends if trained else none)), draw(2, 5, D)
 
-    with pytest.raises(jax.errors.UnexpectedTracerError):
-        jax.grad(total)(jnp.ones((3, 4)))
+
+def whole(arch, frozen, top, final_BRD, temperature=1.0):
+    return losses.token_logp(model.logits(arch, frozen, top, final_BRD), TARGET_BR, temperature)
+
+
+def close(found, wanted):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("family", ARCHS)
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_a_head_read_in_lots_equals_the_whole(width, family, trained):
+    """All positions, one, and two (which do not divide the five) at a time: values, gradients of head and states."""
+    arch, frozen, top, final_BRD = setting(family, trained)
+    wanted, pull = jax.vjp(lambda top, x: whole(arch, frozen, top, x, 0.7), top, final_BRD)
+    found, pull_found = jax.vjp(lambda top, x: head.logp(arch, frozen, top, x, TARGET_BR, 0.7, width), top, final_BRD)
+    close(found, wanted)
+    cotangent_BR = draw(2, 5, seed=1)
+    grads = pull((cotangent_BR, jnp.zeros((2, 5))))
+    assert np.abs(grads[1]).max() > 0.1
+    close(pull_found((cotangent_BR, jnp.ones((2, 5)))), grads)  # an entropy has no gradient
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("family", ARCHS)
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_a_weighted_sum_in_lots_equals_the_whole(width, family, trained):
+    arch, frozen, top, final_BRD = setting(family, trained)
+    weight_BR = jnp.float32([[0.5, 0, 1, 0.25, 1], [0, 0, 2, 1, 0]])
+
+    def plain(top, final_BRD):
+        return -3 * (whole(arch, frozen, top, final_BRD)[0] * weight_BR).sum()
+
+    def ours(top, final_BRD):
+        return -3 * head.weighted_logp(arch, frozen, top, final_BRD, TARGET_BR, weight_BR, width)
+
+    wanted, found = (jax.value_and_grad(f, argnums=(0, 1))(top, final_BRD) for f in (plain, ours))
+    close(found, wanted)
+    assert np.allclose(ours(top, final_BRD), wanted[0], atol=1e-5)  # without a gradient, another program
+    odd_BRD = jnp.where(weight_BR[..., None] > 0, final_BRD, 1e4)
+    close(jax.value_and_grad(ours)(top, odd_BRD), (wanted[0], wanted[1][0]))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_program_has_the_logits_of_all_positions(trained):
+    arch, frozen, top, _ = setting("llama", trained)
+    wide = jax.eval_shape(lambda t: jax.tree.map(lambda x: jnp.zeros((8192, D)), t), (frozen, top))
+    arch = replace(arch, vocab_size=8192)
+    rows = [jax.ShapeDtypeStruct(s, t) for s, t in (((4, 1025, D), jnp.float32), ((4, 1025), jnp.int32))]
+    weight = jax.ShapeDtypeStruct((4, 1025), jnp.float32)
+
+    def one(frozen, top, final_BRD, target_BR, weight_BR):
+        return head.weighted_logp(arch, frozen, top, final_BRD, target_BR, weight_BR)
+
+    def each(frozen, top, final_BRD, target_BR, weight_BR):
+        return (head.logp(arch, frozen, top, final_BRD, target_BR)[0] * weight_BR).sum()
+
+    for total in one, each:
+        program = jax.make_jaxpr(jax.grad(total, argnums=(1, 2)))(*wide, *rows, weight)
+        assert 8192 * 4 < largest(program.jaxpr) <= head.LOGITS + 8192
+
+
+def largest(jaxpr):
+    """The most numbers of an array in a program."""
+    inner = [
+        largest(getattr(p, "jaxpr", p))
+        for e in jaxpr.eqns
+        for p in jax.tree.leaves(list(e.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+        if hasattr(p, "eqns") or hasattr(p, "jaxpr")
+    ]
+    return max([v.aval.size for e in jaxpr.eqns for v in e.outvars] + inner, default=0)
+
+
+def test_sft_loss_is_the_weighted_mean_and_nothing_of_no_tokens():
+    arch, frozen, top, _ = setting("llama", True)
+    top = top.replace(final_norm=model.init(arch, jax.random.key(1))["final_norm"], blocks=blocks(arch))
+    token_BT, mask_BT = jnp.int32([[1, 2, 3, 4], [5, 6, 0, 0]]), jnp.float32([[1, 1, 1, 1], [1, 1, 0, 0]])
+    weight_BT = jnp.float32([[9, 0.5, 1, 0], [9, 1, 0, 0]])
+    none = frozen.replace(blocks=jax.tree.map(lambda x: x[:0], top.blocks))
+    batch = SftBatch(tokens_BT=token_BT, mask_BT=mask_BT, weight_BT=weight_BT)
+    value, metrics = sft.loss(arch, none, top, batch)
+    final_BTD = model.run_top(arch, top, token_BT, jnp.zeros((2, 4, 0)), mask_BT)[:, :-1]
+    logp_BT, _ = losses.token_logp(model.logits(arch, none, top, final_BTD), token_BT[:, 1:])
+    assert float(value) == pytest.approx(-float(0.5 * logp_BT[0, 0] + logp_BT[0, 1] + logp_BT[1, 0]) / 2.5, rel=1e-5)
+    assert {k: float(v) for k, v in metrics.items()} == {"loss": float(value), "tokens": 2.5}
+    assert float(sft.loss(arch, none, top, batch.replace(weight_BT=0 * weight_BT))[0]) == 0
+
+
+def blocks(arch):
+    return model.init(arch, jax.random.key(2))["blocks"]
 
 
 @pytest.mark.parametrize("freeze_layers", [0.5, 0.0])
@@ -79,7 +165,7 @@ def test_a_rollout_is_read_as_by_its_logits_whoever_owns_the_head(freeze_layers)
 
     for found, wanted in (
         (lambda *x: ours(*x, True), plain),
-        (lambda *x: ours(*x, False), without if freeze_layers else plain),
+        (lambda *x: ours(*x, False), without),
     ):
         (a, a_grads), (b, b_grads) = (
             jax.jit(jax.value_and_grad(total), static_argnums=1)(top, r) for r in (found, wanted)

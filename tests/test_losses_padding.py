@@ -45,14 +45,13 @@ def test_garbage_in_padding_changes_neither_ppo_loss_nor_gradients(name):
         lambda x: losses.masked_mean(x, RAGGED_BR),
         lambda x: losses.masked_whiten(x, RAGGED_BR) * draw(30),
         lambda x: losses.masked_whiten(x, RAGGED_BR, shift_mean=False) * draw(30),
-        lambda x: losses.sft_loss(x, jnp.asarray(RAGGED_BR) * 0.5)[0],
         lambda x: losses.token_rewards(draw(31, 4), x, RAGGED_BR, 0.1),
         lambda x: losses.gae(x, draw(33), RAGGED_BR, 0.9, 0.9)[0],
         lambda x: losses.gae(draw(34), x, RAGGED_BR, 0.9, 0.9)[1] * draw(30),
         lambda x: losses.explained_variance(x, draw(35), RAGGED_BR),
         lambda x: losses.explained_variance(draw(36), x, RAGGED_BR),
     ],
-    ids=["mean", "whiten", "scale", "sft", "rewards", "advantage", "return", "explained_value", "explained_return"],
+    ids=["mean", "whiten", "scale", "rewards", "advantage", "return", "explained_value", "explained_return"],
 )
 def test_garbage_in_padding_leaks_nowhere(function):
     evaluate = jax.jit(jax.value_and_grad(lambda x: function(x).sum()))
@@ -70,7 +69,6 @@ def every_function(x_BR, mask_BR):
         "mean": losses.masked_mean(x_BR, mask_BR),
         "whiten": losses.masked_whiten(x_BR, mask_BR),
         "scale": losses.masked_whiten(x_BR, mask_BR, shift_mean=False),
-        "sft": losses.sft_loss(x_BR, mask_BR),
         "reward": losses.reward_loss(score_B, -score_B),
         "kl": [losses.kl(x_BR, 2 * x_BR, kind) for kind in ("k1", "k2", "k3")],
         "coef": losses.adapt_kl_coef(score_B[0], score_B[1], 6.0, 10_000, 64),
