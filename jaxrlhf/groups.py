@@ -36,7 +36,7 @@ def score(
     RLOO's return is the score less kl_coef * the response's log-ratio to the reference; GRPO's is the score, as its KL
     is in the loss.
     """
-    seen, _, metrics = rollouts.look(arch, shaping, fixed, top, prompts, drawn, c.temperature, given_score_B)
+    seen, _, metrics = rollouts.look(arch, shaping, fixed, top, prompts, drawn, c, given_score_B)
     if isinstance(c, Rloo):
         kl_B = losses.sequence_logp(losses.kl(seen.logp_BR, seen.ref_logp_BR, "k1"), seen.response_mask_BR)
         return_BN = (seen.score_B - c.kl_coef * kl_B).reshape(-1, c.samples)

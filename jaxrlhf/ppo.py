@@ -42,7 +42,7 @@ def score(
 
     `given_score_B` holds the scores where the reward model comes from elsewhere, with a trunk of its own.
     """
-    seen, final_BRD, metrics = rollouts.look(arch, c, fixed, policy.top, prompts, drawn, c.temperature, given_score_B)
+    seen, final_BRD, metrics = rollouts.look(arch, c, fixed, policy.top, prompts, drawn, c, given_score_B)
     mask_BR = seen.response_mask_BR
     value_BR = read_value(policy.value, final_BRD)
     kl_BR = losses.kl(seen.logp_BR, seen.ref_logp_BR, c.kl_estimator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jaxrlhf.experiment import Run
 from jaxrlhf.types import Fixed, Frozen, PromptBatch, Rollout, Sample, Top, TrainState
 
 Metrics = dict[str, jax.Array]
+Rows = TypeVar("Rows")
+Tree = TypeVar("Tree")
 # (state, prompts, responses, their scores where the reward model comes from elsewhere, key) -> (state, metrics)
 Learn = Callable[[TrainState, PromptBatch, Sample, jax.Array | None, jax.Array], tuple[TrainState, Metrics]]
 
@@ -124,26 +126,32 @@ def look(
     top: Top,
     prompts: PromptBatch,
     drawn: Sample,
-    temperature: float,
+    c: Ppo | Rloo | Grpo,
     given_score_B: jax.Array | None,
 ) -> tuple[Rollout, jax.Array, Metrics]:
     """One pass of the trunk for policy, reference and reward model: the rollout, the policy's final states, metrics.
 
     `prompts` has a row for each response. `given_score_B` holds the scores where the reward model comes from elsewhere.
+    As many rows are read at a time as an epoch learns from, which bounds the memory of both alike.
     """
+    temperature, parts = c.temperature, c.minibatches * c.optim.accumulate
     R = drawn.tokens_BR.shape[1]
     token_BT = jnp.concatenate([prompts.tokens_BP, drawn.tokens_BR], 1)
     mask_BT = jnp.concatenate([prompts.mask_BP, drawn.mask_BR], 1)
     mask_BR, length_B = drawn.mask_BR, drawn.mask_BR.sum(-1)
-    hidden_BTD = model.trunk(arch, fixed.frozen, token_BT, mask_BT)
-    final_BRD, ref_BRD = (final_states(arch, t, token_BT, hidden_BTD, mask_BT, R) for t in (top, fixed.ref))
-    logp_BR, entropy_BR = read(arch, fixed.frozen, top, final_BRD, token_BT, temperature)
-    ref_logp_BR, _ = read(arch, fixed.frozen, fixed.ref, ref_BRD, token_BT, temperature)
-    if fixed.scorer is None:
-        assert given_score_B is not None
-        model_score_B = given_score_B
-    else:
-        model_score_B = policies.read_out(arch, fixed.scorer, token_BT, hidden_BTD, mask_BT)
+
+    def read_all(rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        hidden_bTD = model.trunk(arch, fixed.frozen, *rows)
+        final_bRD, ref_bRD = (final_states(arch, t, rows[0], hidden_bTD, rows[1], R) for t in (top, fixed.ref))
+        own = read(arch, fixed.frozen, top, final_bRD, rows[0], temperature)
+        ref_logp_bR, _ = read(arch, fixed.frozen, fixed.ref, ref_bRD, rows[0], temperature)
+        score_b = () if fixed.scorer is None else (policies.read_out(arch, fixed.scorer, rows[0], hidden_bTD, rows[1]),)
+        return hidden_bTD, final_bRD, *own, ref_logp_bR, *score_b
+
+    found = _in_parts(read_all, (token_BT, mask_BT), parts)
+    hidden_BTD, final_BRD, logp_BR, entropy_BR, ref_logp_BR, *scores = found
+    model_score_B = scores[0] if scores else given_score_B
+    assert model_score_B is not None
     score_B = losses.score_penalties(model_score_B, length_B, drawn.finished_B, shaping, R)
     rollout = Rollout(
         tokens_BT=token_BT,
@@ -165,6 +173,13 @@ def look(
         "sampler_gap": jnp.abs((logp_BR - drawn.logp_BR) * mask_BR).max(),
     }
     return rollout, final_BRD, metrics
+
+
+def _in_parts(read: Callable[[Rows], Tree], rows: Rows, parts: int) -> Tree:
+    """`read` of arrays [B, ...], as many rows at a time as make `parts` of them."""
+    # Every `parts`-th row, as in `optim.gradients`.
+    apart = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(read, apart))
 
 
 def epochs(

@@ -60,6 +60,7 @@ def measure(work: Work, repeats: int, with_peers: bool) -> dict[str, Any]:
                 else:
                     sides.append(side)
         runs, peaks = take_turns(sides, repeats, absent)
+    runs = {name: [{k: v * peers.times(name) for k, v in run.items()} for run in each] for name, each in runs.items()}
     return _summary(work, own, runs, peaks, absent)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxrlhf import experiment, model, optim, ppo, reward, roofline, sampling, sft, sharding
 from jaxrlhf.bench import floor
-from jaxrlhf.bench.work import TEXTS, WORDS, Work, over, serve
+from jaxrlhf.bench.work import TEXTS, Work, over, serve
 from jaxrlhf.data import batches, task, tokens
+from jaxrlhf.evaluation import semantic
 from jaxrlhf.evaluation.diversity import of_texts
 from jaxrlhf.evaluation.statistics import blocks
 from jaxrlhf.files import UserError
@@ -73,16 +74,14 @@ def _peak(dtype: str, repeats: int = 5) -> float:
 
 
 def _diversity(work: Work) -> Callable[[], object]:
-    """All text metrics, in both scopes, of words that are as unevenly common as a language's (Zipf's law)."""
-    rng, samples = np.random.default_rng(0), work.experiment.sampling.samples_per_prompt
-    cumulative_V = np.cumsum(1 / np.arange(1, 20_001))
+    """All text metrics in both scopes, and Sentence-BERT's and Vendi's where there is an encoder."""
+    texts_BN, rank_B, encoder = work.texts(), np.arange(TEXTS), work.experiment.evaluation.sentence_encoder
 
-    def text() -> str:
-        drawn = cumulative_V.searchsorted(rng.random(rng.integers(WORDS // 2, 3 * WORDS // 2 + 1)) * cumulative_V[-1])
-        return " ".join(f"w{i}" for i in drawn)
+    def once() -> None:
+        of_texts(texts_BN, blocks(rank_B), paper_compat=False)
+        semantic.measure({("", ""): semantic.Responses(texts_BN, rank_B)}, encoder, "", paper_compat=False)
 
-    texts_BN = [[text() for _ in range(samples)] for _ in range(TEXTS)]
-    return lambda: of_texts(texts_BN, blocks(np.arange(TEXTS)), paper_compat=False)
+    return once
 
 
 def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[float, Callable[[], None]]:

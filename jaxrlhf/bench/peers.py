@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from jaxrlhf.bench.work import SHAPES, Work, over, serve
+from jaxrlhf.bench.work import MINILM, SHAPES, TEXTS, Work, over, serve
 
 BOS, PAD, EOS, FIRST_TOKEN = 0, 1, 2, 4
 # The best that is known of each; `generate` also as it comes.
@@ -20,10 +21,15 @@ PEERS = {
     "sft": ("torch loop",),
     "reward": ("torch loop",),
     "ppo": ("TRL PPO",),
-    "diversity": (),
+    "diversity": ("released code",),
 }
 # TRL 1.12 is the last with PPO.
-NEEDS = {"TRL PPO": ("torch", "transformers", "datasets", "trl.experimental.ppo")}
+NEEDS = {
+    "TRL PPO": ("torch", "transformers", "datasets", "trl.experimental.ppo"),
+    # Kirk et al.'s, whose folder `rlvsil` is to be on PYTHONPATH.
+    "released code": ("diversity", MINILM, "sentence_transformers", "sklearn", "scipy"),
+}
+SHARE = {"released code": 2}  # prompts that it measures at a time, of `TEXTS`
 # Nothing of theirs goes out to the network.
 _ALONE = {"HF_HUB_OFFLINE": "1", "TRL_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 # glibc's default gives large buffers back to the system at every step, which slows torch by up to a half.
@@ -40,14 +46,19 @@ def environment(peer: str) -> dict[str, str]:
     return _ALONE if peer == "generate" else _ALONE | _ALLOCATOR
 
 
+def times(peer: str) -> float:
+    """How many times what a peer does at a time makes the whole work."""
+    return TEXTS / SHARE[peer] if peer in SHARE else 1.0
+
+
 def main(argv: list[str]) -> None:
     """Serves one peer's step: its name and the work, as JSON, in `argv`."""
     import torch
 
     peer, work = argv[1], Work.read(argv[2])
     torch.manual_seed(0)
-    run = {"sample": _sample, "sft": _sft, "reward": _reward, "ppo": _ppo}[work.step](peer, work)
-    serve({"device": "cpu"}, run)
+    sides = {"sample": _sample, "sft": _sft, "reward": _reward, "ppo": _ppo, "diversity": _diversity}
+    serve({"device": "cpu"}, sides[work.step](peer, work))
 
 
 def _config(work: Work, **extra: Any) -> Any:
@@ -244,6 +255,29 @@ def _ppo(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
                 return
 
     return run
+
+
+def _diversity(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
+    """EAD, distinct n-grams, n-gram cosine and Sentence-BERT, per input, with the encoder that ours has."""
+    import sentence_transformers
+
+    # It names an encoder of its own, and imports a server's client that none of these metrics needs.
+    encoder, load = work.experiment.evaluation.sentence_encoder, sentence_transformers.SentenceTransformer
+    sentence_transformers.SentenceTransformer = lambda _: load(encoder, device="cpu")
+    client = ModuleType("openai.embeddings_utils")
+    client.get_embeddings = None  # pyright: ignore[reportAttributeAccessIssue]
+    sys.modules.update({"openai": ModuleType("openai"), client.__name__: client})
+    from diversity import DEFAULT_CONFIGS, calculate_output_diversity, initialise_metrics
+
+    wanted = ("ead_averaged_distinct_ngrams", "averaged_distinct_ngrams", "cosine_similarity_2d_diversity")
+    metrics = initialise_metrics({name: DEFAULT_CONFIGS[name] for name in (*wanted, "sent_bert_from_sim")})
+    texts_BN = work.texts(SHARE[peer])
+
+    def once() -> None:
+        for texts in texts_BN:
+            assert len(calculate_output_diversity(texts, metrics)) == len(metrics)
+
+    return over(once)
 
 
 class _EnoughError(Exception):

