@@ -179,7 +179,8 @@ def _in_parts(read: Callable[[Rows], Tree], rows: Rows, parts: int) -> Tree:
     """`read` of arrays [B, ...], as many rows at a time as make `parts` of them."""
     # Every `parts`-th row, as in `optim.gradients`.
     apart = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(read, apart))
+    found = jax.lax.map(read, apart)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
 
 def epochs(

@@ -102,6 +102,20 @@ def test_ours_ending_early_is_a_failure():
         command.take_turns(sides(stack, jaxrlhf=1, peer=9), 3, {})
 
 
+def test_a_peer_that_measures_two_prompts_counts_for_all_five_hundred(monkeypatch):
+    monkeypatch.setattr(command, "_missing", lambda modules: "")
+    monkeypatch.setattr(command, "read", lambda side, word="": {"device": "cpu"})
+    monkeypatch.setattr(command, "start", lambda name, *_: name)
+    runs = {name: [{"seconds": 2.0, "cpu_seconds": 3.0}] for name in ("jaxrlhf", "released code")}
+    monkeypatch.setattr(command, "take_turns", lambda *_: (runs, dict.fromkeys(runs, 1e9)))
+    work = of_shape("diversity", "tiny", 0.8)
+    found = command.measure(work, 1, with_peers=True)
+    assert (found["seconds"], found["peers"]["released code"]["seconds"]) == (2.0, 500.0)
+    assert found["peers"]["released code"]["cpu_times_as_fast"]["median"] == 250
+    assert work.texts()[:2] == command.Work.read(str(work)).texts(2)
+    assert len({text for texts in work.texts() for text in texts}) == 500 * 16
+
+
 def test_a_package_within_one_is_missed_by_its_whole_name():
     assert command._missing(("json", "email.mime")) == ""
     assert command._missing(("json", "email.rhyme")) == "email.rhyme"

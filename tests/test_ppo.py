@@ -1,4 +1,6 @@
-"""PPO's update on rollouts that hold numbers that are not finite."""
+"""PPO's scoring in parts, and its update on rollouts that hold numbers that are not finite."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxrlhf import model, optim, ppo, sharding
 from jaxrlhf.config import Experiment, Mesh, Model, Optim, Ppo
 from jaxrlhf.experiment import architecture
 from jaxrlhf.split import split
-from jaxrlhf.types import ActorCritic, Fixed, PpoRollout, ScalarHead
+from jaxrlhf.types import ActorCritic, Fixed, PpoRollout, PromptBatch, Sample, ScalarHead, Scorer
 
 C = Ppo(batch_size=6, epochs=2, minibatches=3, kl_target=0.75, kl_horizon=12)
 TX = optim.optimizer(Optim(lr=0.01), 6)
@@ -68,3 +70,28 @@ def test_a_rollout_that_is_bad_throughout_changes_no_parameter_and_no_coefficien
     assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(start[2])))
     assert (int(state.step), int(state.skipped), int(metrics["in_a_row"])) == (1, 6, 6)
     assert np.float32(state.kl_coef) == np.float32(0.05)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("freeze_layers", [0.5, 0.0])
+def test_a_rollout_read_in_parts_is_the_whole_rollout(start, freeze_layers, elsewhere):
+    """In one part, and in three minibatches of two parts each: every number of every row, in its order."""
+    arch, _, _, seen = start
+    frozen, top = split(model.init(arch, jax.random.key(0)), freeze_layers)
+    rng, other = np.random.default_rng(3), split(model.init(arch, jax.random.key(5)), freeze_layers)[1]
+    head = ScalarHead(w_D=jnp.asarray(rng.normal(size=8), jnp.float32), b=jnp.float32(0.3))
+    fixed = Fixed(frozen=frozen, ref=other, scorer=None if elsewhere else Scorer(top=other, head=head))
+    given_B = jnp.asarray(rng.normal(size=6), jnp.float32) if elsewhere else None
+    prompts = PromptBatch(tokens_BP=seen.tokens_BT[:, :4], mask_BP=seen.mask_BT[:, :4], index_B=jnp.arange(6))
+    drawn = Sample(
+        tokens_BR=seen.tokens_BT[:, 4:], mask_BR=seen.mask_BT[:, 4:], logp_BR=seen.logp_BR, finished_B=jnp.arange(6) > 2
+    )
+
+    def score(c):
+        policy = ActorCritic(top=top, value=head)
+        return ppo.score(arch, c, fixed, policy, jnp.float32(0.1), prompts, drawn, given_B)
+
+    whole, parts = score(replace(C, minibatches=1)), score(replace(C, optim=replace(C.optim, accumulate=2)))
+    assert len(np.unique(np.round(whole[0].score_B, 4))) == 6
+    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        assert np.allclose(x, y, atol=1e-5)
