@@ -1,7 +1,8 @@
-"""Log-probabilities under the output head, without ever holding [B, R, V].
+"""Log-probabilities under the output head, without all logits at once.
 
 A few positions are taken at a time: their logits are made, read, and turned into gradients while they are there. In
 logits z with p = softmax(z / temperature), the gradient of log p at the target is (target's one-hot - p) / temperature.
+On several devices a trained head is read at once, as its gradient would be added up over them for each lot.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 from jaxrlhf import losses, model
 from jaxrlhf.types import Frozen, Params, Top
 
-LOGITS = 2**24  # at a time on a device: 64 MB
-POSITIONS = 512  # at least, where the head is trained: its whole gradient is added to once for each lot of them
-Head = tuple[Params, Params]  # embeddings and output head, as far as they are trained
+LOGITS = 2**24  # at a time on a device (64 MB), or one position of each row
+POSITIONS = 1024  # at least, where the head is trained: its whole gradient is added to once for each lot of them
+Head = tuple[Params, Params]  # of embeddings and output head what logits are made with, as far as it is trained
 
 
 def logp(
@@ -33,21 +34,26 @@ def logp(
     """`losses.token_logp` of the logits of `final_BRD`: two f32 [B, R]. The entropies have no gradient.
 
     Under a frozen head, the slope of each log-probability with respect to its own final state is kept, so that the
-    backward pass is a multiplication; under a trained one, the logits are made once more. `width` positions of a row
+    backward pass is a multiplication; under a trained one, lots' logits are made once more. `width` positions of a row
     are taken at a time; 0 = as many as memory suggests.
     """
-    head, read = (top.embed, top.lm_head), partial(_read, arch, frozen, temperature)
+    head, read = _head(arch, top), partial(_read, arch, frozen, temperature)
+    trained = bool(jax.tree.leaves(head))
+    lots = _lots(arch, trained, final_BRD, width)
+    if trained and lots == 1:  # nothing is saved by making them twice
+        logits_BRV = model.logits(arch, frozen, top, final_BRD)
+        logp_BR, entropy_BR = losses.token_logp(logits_BRV, target_BR, temperature)
+        return logp_BR, jax.lax.stop_gradient(entropy_BR)
     part = jax.custom_vjp(lambda *x: read(*x)[0])
 
     def kept_slope(*x: Any) -> tuple[Any, jax.Array]:
         found, slope = read(*x)
-        return found, slope(jnp.ones(x[2].shape))[1]
+        return found, slope(jnp.ones(x[2].shape, jnp.float32))[1]
 
-    if jax.tree.leaves(head):
+    if trained:
         part.defvjp(lambda *x: (read(*x)[0], x), lambda x, grads: (*read(*x)[1](grads[0]), None))
     else:
         part.defvjp(kept_slope, lambda slope, grads: (head, (grads[0][..., None] * slope).astype(slope.dtype), None))
-    lots = _lots(arch, head, final_BRD, width)
     if lots == 1:
         return part(head, final_BRD, target_BR)
     found = jax.lax.map(lambda x: part(head, *x), _divided((final_BRD, target_BR), lots))
@@ -64,12 +70,14 @@ def weighted_logp(
     weight_BR: jax.Array,
     width: int = 0,
 ) -> jax.Array:
-    """sum(weight * log p) at the targets, f32; positions of weight 0 change neither value nor gradient.
+    """sum(weight * log p) at the targets, f32; weights are 0 or more, and have no gradient.
 
-    As the weights are known beforehand, each lot's gradient is made beside its value, from the same logits.
+    As they are known beforehand, each lot's gradient is made beside its value, from the same logits. What stands where
+    they are 0 changes neither value nor gradient, so long as it is finite.
     """
-    head, read = (top.embed, top.lm_head), partial(_read, arch, frozen, 1.0)
-    lots = _lots(arch, head, final_BRD, width)
+    head, read = _head(arch, top), partial(_read, arch, frozen, 1.0)
+    lots = _lots(arch, bool(jax.tree.leaves(head)), final_BRD, width)
+    lots_read = _lots(arch, False, final_BRD, width)  # without a gradient
 
     def value(head: Head, final_BrD: jax.Array, target_Br: jax.Array, weight_Br: jax.Array) -> tuple[jax.Array, Any]:
         (logp_Br, _), slope = read(head, final_BrD, target_Br)
@@ -77,9 +85,9 @@ def weighted_logp(
 
     @jax.custom_vjp
     def total(head: Head, *rows: jax.Array) -> jax.Array:
-        if lots == 1:
+        if lots_read == 1:
             return value(head, *rows)[0]
-        return jax.lax.map(lambda x: value(head, *x)[0], _divided(rows, lots)).sum()
+        return jax.lax.map(lambda x: value(head, *x)[0], _divided(rows, lots_read)).sum()
 
     def both(head: Head, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, Head, jax.Array]:
         found, slope = value(head, *rows)
@@ -105,6 +113,11 @@ def weighted_logp(
     return total(head, final_BRD, target_BR, weight_BR.astype(jnp.float32))
 
 
+def _head(arch: model.Architecture, top: Top) -> Head:
+    read = ("tokens", "project_out") if arch.tied else ("project_out",)
+    return {k: top.embed[k] for k in read if k in top.embed}, top.lm_head
+
+
 def _read(
     arch: model.Architecture, frozen: Frozen, temperature: float, head: Head, final_BrD: jax.Array, target_Br: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], Callable[[jax.Array], tuple[Head, jax.Array]]]:
@@ -115,7 +128,7 @@ def _read(
         return model.logits(arch, frozen, Top(embed=head[0], blocks={}, final_norm={}, lm_head=head[1]), final_MD)
 
     # As one matrix: products with a batch axis are slower on CPUs, above all those that sum over it.
-    logits_MV, pull = jax.vjp(logits, head, final_BrD.reshape(B * r, D))
+    logits_MV, pull = jax.vjp(logits, head, model.by_rows(final_BrD.reshape(B * r, D)))
     target_M = target_Br.reshape(B * r)
     logp_M, entropy_M = losses.token_logp(logits_MV, target_M, temperature)
 
@@ -128,14 +141,16 @@ def _read(
     return (logp_M.reshape(B, r), entropy_M.reshape(B, r)), slope
 
 
-def _lots(arch: model.Architecture, head: Head, final_BRD: jax.Array, width: int) -> int:
+def _lots(arch: model.Architecture, trained: bool, final_BRD: jax.Array, width: int) -> int:
     """In how many lots the positions are taken."""
     B, R, _ = final_BRD.shape
-    trained, devices = bool(jax.tree.leaves(head)), max(jax.sharding.get_abstract_mesh().size, 1)
-    if not width and trained and devices > 1:
-        return 1  # else the head's gradient would be added up over the devices once for each lot
-    positions = max(LOGITS * devices // arch.vocab_size, POSITIONS if trained else 0)
-    return -(-R // (width or max(positions // B, 1)))
+    mesh, V = jax.sharding.get_abstract_mesh(), arch.vocab_size
+    if not width and trained and mesh.size > 1:
+        return 1
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    devices = (1 if B % model.ways() else model.ways()) * (1 if V % tensor else tensor)
+    positions = max(LOGITS * devices // V, POSITIONS if trained else 0)
+    return max(-(-R // (width or max(positions // max(B, 1), 1))), 1)
 
 
 def _divided(rows: Any, lots: int) -> Any:

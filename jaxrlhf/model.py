@@ -273,10 +273,21 @@ def by_rows(h_BTD: jax.Array) -> jax.Array:
 
     Left to itself, GSPMD may gather the rows and divide the width instead, as parameters under fsdp are divided.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or h_BTD.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if jax.sharding.get_abstract_mesh().empty or h_BTD.shape[0] % ways():
         return h_BTD
     return jax.lax.with_sharding_constraint(h_BTD, P(("data", "fsdp")))
+
+
+def ways() -> int:
+    """Over how many devices the mesh in use divides rows; 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def gathers() -> bool:
+    """Whether the mesh in use divides parameters by fsdp, so that each use of them gathers them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
 def cast(arch: Architecture, tree: Tree) -> Tree:

@@ -73,7 +73,7 @@ def gradients(
         return value, metrics, grads
     # Every `parts`-th row, so that the rows of each micro-batch are spread over the devices as those of the batch are,
     # and a pair's two halves stay together.
-    micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     weights_A = jax.vmap(weight)(micro).astype(jnp.float32)
     share_A = weights_A / jnp.maximum(weights_A.sum(), 1e-30)
 

@@ -132,7 +132,7 @@ def look(
     """One pass of the trunk for policy, reference and reward model: the rollout, the policy's final states, metrics.
 
     `prompts` has a row for each response. `given_score_B` holds the scores where the reward model comes from elsewhere.
-    As many rows are read at a time as an epoch learns from, which bounds the memory of both alike.
+    As many rows are read at a time as an update learns from, where that takes nothing but less memory.
     """
     temperature, parts = c.temperature, c.minibatches * c.optim.accumulate
     R = drawn.tokens_BR.shape[1]
@@ -175,11 +175,14 @@ def look(
     return rollout, final_BRD, metrics
 
 
-def _in_parts(read: Callable[[Rows], Tree], rows: Rows, parts: int) -> Tree:
-    """`read` of arrays [B, ...], as many rows at a time as make `parts` of them."""
+def _in_parts(look_at: Callable[[Rows], Tree], rows: Rows, parts: int) -> Tree:
+    """`look_at` of arrays [B, ...] in `parts`; at once where the mesh divides parameters, or a part's rows unevenly."""
+    # Each part would gather the parameters anew, and rows that do not divide lie whole on every device.
+    if model.gathers() or len(jax.tree.leaves(rows)[0]) // parts % model.ways():
+        return look_at(rows)
     # Every `parts`-th row, as in `optim.gradients`.
-    apart = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
-    found = jax.lax.map(read, apart)
+    apart = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+    found = jax.lax.map(look_at, apart)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
 

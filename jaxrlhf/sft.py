@@ -23,7 +23,7 @@ def loss(arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch) ->
     weight_BT = batch.weight_BT[:, 1:].astype(jnp.float32)
     tokens = weight_BT.sum()
     total = head.weighted_logp(arch, frozen, top, final_BTD, batch.tokens_BT[:, 1:], weight_BT)
-    value = -total / jnp.where(tokens > 0, tokens, 1.0)
+    value = jnp.where(tokens > 0, -total / jnp.where(tokens > 0, tokens, 1.0), 0.0)
     return value, {"loss": value, "tokens": tokens}
 
 

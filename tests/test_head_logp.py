@@ -83,10 +83,11 @@ def test_a_weighted_sum_in_lots_equals_the_whole(width, family, trained):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_no_program_has_the_logits_of_all_positions(trained):
+    """Nor a head's gradient for each lot."""
     arch, frozen, top, _ = setting("llama", trained)
-    wide = jax.eval_shape(lambda t: jax.tree.map(lambda x: jnp.zeros((8192, D)), t), (frozen, top))
-    arch = replace(arch, vocab_size=8192)
-    rows = [jax.ShapeDtypeStruct(s, t) for s, t in (((4, 1025, D), jnp.float32), ((4, 1025), jnp.int32))]
+    wide = jax.eval_shape(lambda t: jax.tree.map(lambda x: jnp.zeros((8192, 256)), t), (frozen, top))
+    arch = replace(arch, vocab_size=8192, width=256)
+    rows = [jax.ShapeDtypeStruct(s, t) for s, t in (((4, 1025, 256), jnp.float32), ((4, 1025), jnp.int32))]
     weight = jax.ShapeDtypeStruct((4, 1025), jnp.float32)
 
     def one(frozen, top, final_BRD, target_BR, weight_BR):
@@ -97,7 +98,7 @@ def test_no_program_has_the_logits_of_all_positions(trained):
 
     for total in one, each:
         program = jax.make_jaxpr(jax.grad(total, argnums=(1, 2)))(*wide, *rows, weight)
-        assert 8192 * 4 < largest(program.jaxpr) <= head.LOGITS + 8192
+        assert 8192 * 256 < largest(program.jaxpr) <= head.LOGITS + 8192 < 4 * 1025 * 8192
 
 
 def largest(jaxpr):
@@ -109,6 +110,23 @@ def largest(jaxpr):
         if hasattr(p, "eqns") or hasattr(p, "jaxpr")
     ]
     return max([v.aval.size for e in jaxpr.eqns for v in e.outvars] + inner, default=0)
+
+
+@pytest.mark.parametrize("width", [0, 2])
+def test_a_trained_head_in_half_precision_has_gradients_in_f32(width):
+    """As the plain way, to bf16's rounding."""
+    arch, frozen, top, final_BRD = setting("llama", True)
+    arch, final_BRD, weight_BR = replace(arch, dtype="bfloat16"), final_BRD.astype(jnp.bfloat16), jnp.ones((2, 5))
+    plain = lambda top, x: whole(arch, frozen, top, x)[0].sum()  # noqa: E731
+    ours = lambda top, x: head.weighted_logp(arch, frozen, top, x, TARGET_BR, weight_BR, width)  # noqa: E731
+    each = lambda top, x: head.logp(arch, frozen, top, x, TARGET_BR, width=width)[0].sum()  # noqa: E731
+    wanted = jax.grad(plain, argnums=(0, 1))(top, final_BRD)
+    for total in ours, each:
+        found = jax.grad(total, argnums=(0, 1))(top, final_BRD)
+        assert {x.dtype for x in jax.tree.leaves(found[0])} == {jnp.dtype("float32")}
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            assert x.dtype == y.dtype
+            assert np.allclose(x.astype(jnp.float32), y.astype(jnp.float32), atol=0.02)
 
 
 def test_sft_loss_is_the_weighted_mean_and_nothing_of_no_tokens():

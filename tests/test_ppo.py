@@ -91,7 +91,25 @@ def test_a_rollout_read_in_parts_is_the_whole_rollout(start, freeze_layers, else
         policy = ActorCritic(top=top, value=head)
         return ppo.score(arch, c, fixed, policy, jnp.float32(0.1), prompts, drawn, given_B)
 
-    whole, parts = score(replace(C, minibatches=1)), score(replace(C, optim=replace(C.optim, accumulate=2)))
+    small = replace(C, optim=replace(C.optim, accumulate=2))
+    assert "length=6" in str(jax.make_jaxpr(lambda: score(small))())
+    whole, parts = score(replace(C, minibatches=1)), score(small)
     assert len(np.unique(np.round(whole[0].score_B, 4))) == 6
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        assert np.allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze_layers", [0.5, 0.0])
+def test_minibatches_in_parts_learn_what_whole_ones_do(start, freeze_layers):
+    """Also where nothing is frozen, and a rollout keeps no states."""
+    arch, _, policy, seen = start
+    frozen, top = split(model.init(arch, jax.random.key(0)), freeze_layers)
+    fixed = Fixed(frozen=frozen, ref=top, scorer=None)
+    rollout = seen.replace(hidden_BTD=model.trunk(arch, frozen, seen.tokens_BT, seen.mask_BT))
+    learnt = []
+    for accumulate in (1, 2):
+        start_state = optim.new_state(TX, policy.replace(top=top), sharding.make_mesh(Mesh()), kl_coef=jnp.float32(0.1))
+        c = replace(C, optim=replace(C.optim, accumulate=accumulate))
+        learnt.append(ppo.update(arch, TX, c, start_state, fixed, rollout, jax.random.key(1))[0].params)
+    for x, y in zip(*map(jax.tree.leaves, learnt), strict=True):
         assert np.allclose(x, y, atol=1e-5)

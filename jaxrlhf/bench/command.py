@@ -36,7 +36,8 @@ def measure(work: Work, repeats: int, with_peers: bool) -> dict[str, Any]:
 
     `times_as_fast` is the median over the turns of the peer's seconds over ours, with the lowest and the highest turn;
     `cpu_times_as_fast` the same of CPU seconds, which other processes disturb less. Bytes are the most that a side's
-    process has held. `not_measured` says why of the peers that are not.
+    process has held. `not_measured` says why of the peers that are not. A peer with `counted_times` does one part in
+    so many of the work, and its seconds are those of all.
 
     Raises:
       UserError: our side finds the work's config wrong.
@@ -196,7 +197,11 @@ def _summary(
                 "peak_memory": peaks[name],
                 "times_as_fast": _ratio(theirs, ours, "seconds"),
                 "cpu_times_as_fast": _ratio(theirs, ours, "cpu_seconds"),
-                "share_of_memory": round(peaks["jaxrlhf"] / peaks[name], 3),
+                **(
+                    {"share_of_memory": round(peaks["jaxrlhf"] / peaks[name], 3)}
+                    if peers.times(name) == 1
+                    else {"counted_times": peers.times(name)}
+                ),
             }
             for name, theirs in runs.items()
             if name != "jaxrlhf"
@@ -257,7 +262,8 @@ def _peer_cells(line: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, peer in line["peers"].items():
         ratio = peer["cpu_times_as_fast"]
         shown = f"**{ratio['median']:.1f}** ({ratio['low']:.1f} to {ratio['high']:.1f})"
-        yield [name, f"{peer['cpu_seconds']:.2f}", shown, f"{peer['peak_memory'] / 1e9:.2f}"]
+        counted = f", 1 in {peer['counted_times']:g} done" if "counted_times" in peer else ""
+        yield [name + counted, f"{peer['cpu_seconds']:.2f}", shown, f"{peer['peak_memory'] / 1e9:.2f}"]
     for name, why in line["not_measured"].items():
         yield [name, why.replace("|", "/"), "", ""]
     if not line["peers"] and not line["not_measured"]:

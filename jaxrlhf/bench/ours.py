@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
     try:
         work = Work.read(argv[1])
         if work.step == "diversity":
-            serve({"device": "cpu"}, over(_diversity(work)))
+            encoder = work.experiment.evaluation.sentence_encoder
+            serve({"device": jax.devices()[0].device_kind if encoder else "cpu"}, over(_diversity(work)))
             return 0
         arch, mesh = architecture(work), sharding.make_mesh(work.experiment.mesh)
     except UserError as error:

@@ -27,7 +27,7 @@ PEERS = {
 NEEDS = {
     "TRL PPO": ("torch", "transformers", "datasets", "trl.experimental.ppo"),
     # Kirk et al.'s, whose folder `rlvsil` is to be on PYTHONPATH.
-    "released code": ("diversity", MINILM, "sentence_transformers", "sklearn", "scipy"),
+    "released code": ("diversity", MINILM, "sentence_transformers", "sklearn", "scipy", "requests"),
 }
 SHARE = {"released code": 2}  # prompts that it measures at a time, of `TEXTS`
 # Nothing of theirs goes out to the network.

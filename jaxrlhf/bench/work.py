@@ -67,7 +67,7 @@ class Work:
         return [(p, rng.randint(most // 3, most), rng.randint(most // 3, most)) for p in drawn]
 
     def texts(self, prompts: int = TEXTS) -> list[list[str]]:
-        """The responses to the first prompts: English words, as unevenly common as a language's (Zipf's law)."""
+        """The responses to the first prompts: words of the embedded world, as unevenly common as Zipf's law has it."""
         rng, samples = random.Random(0), self.experiment.sampling.samples_per_prompt
         words = [w for w in VOCABULARY if w.isalpha()]
         rng.shuffle(words)
