@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxrlhf import model
@@ -252,7 +253,7 @@ def config_of(arch: model.Architecture) -> dict[str, Any]:
         before = arch.norm_place == "pre"
         config |= {"word_embed_proj_dim": arch.token_width, "do_layer_norm_before": before}
         config["_remove_final_layer_norm"] = before and not arch.final_norm
-    if architecture(config) != arch:
+    if architecture(config) != replace(arch, remat=model.Architecture.remat):  # which no config says
         raise UserError(f"Hugging Face's {family} has no architecture like {arch}")
     return config
 
