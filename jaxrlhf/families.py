@@ -253,7 +253,8 @@ def config_of(arch: model.Architecture) -> dict[str, Any]:
         before = arch.norm_place == "pre"
         config |= {"word_embed_proj_dim": arch.token_width, "do_layer_norm_before": before}
         config["_remove_final_layer_norm"] = before and not arch.final_norm
-    if architecture(config) != replace(arch, remat=model.Architecture.remat):  # which no config says
+    said = replace(arch, dtype=model.Architecture.dtype, remat=model.Architecture.remat)  # these no config has
+    if architecture(config) != said:
         raise UserError(f"Hugging Face's {family} has no architecture like {arch}")
     return config
 
