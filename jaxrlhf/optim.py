@@ -71,9 +71,7 @@ def gradients(
     if parts == 1:
         (value, metrics), grads = one(params, batch)
         return value, metrics, grads
-    # Every `parts`-th row, so that the rows of each micro-batch are spread over the devices as those of the batch are,
-    # and a pair's two halves stay together.
-    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro = apart(batch, parts)
     weights_A = jax.vmap(weight)(micro).astype(jnp.float32)
     share_A = weights_A / jnp.maximum(weights_A.sum(), 1e-30)
 
@@ -85,6 +83,13 @@ def gradients(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     ((value, metrics), grads), _ = jax.lax.scan(add, zeros, (micro, share_A))
     return value, metrics, grads
+
+
+def apart(batch: Any, parts: int) -> Any:
+    """Arrays [B, ...] as [parts, B / parts, ...]; `parts` divides B, and [B, 0] has parts too."""
+    # Every `parts`-th row, so that the rows of each micro-batch are spread over the devices as those of the batch are,
+    # and a pair's two halves stay together.
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def update(

@@ -180,9 +180,7 @@ def _in_parts(look_at: Callable[[Rows], Tree], rows: Rows, parts: int) -> Tree:
     # Each part would gather the parameters anew, and rows that do not divide lie whole on every device.
     if model.gathers() or len(jax.tree.leaves(rows)[0]) // parts % model.ways():
         return look_at(rows)
-    # Every `parts`-th row, as in `optim.gradients`.
-    apart = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows)
-    found = jax.lax.map(look_at, apart)
+    found = jax.lax.map(look_at, optim.apart(rows, parts))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
 
