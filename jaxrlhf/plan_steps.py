@@ -256,7 +256,7 @@ def _climb(
         return _measure(base, f"{stage} {what}", c.batch_size, *called, parts | {"batch": batch})
 
     arguments = (base.arch, _generation(base, c.temperature), base.frozen, policy)
-    arguments = (*arguments, prompts.tokens_BP, prompts.mask_BP, _key(base), samples)
+    arguments = (*arguments, prompts.tokens_BP, prompts.mask_BP, _key(base), samples, True)
     row, drawn = measured("rollout", (sampling.sample, arguments), prompts)
     yield row
     if drawn is None:

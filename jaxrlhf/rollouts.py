@@ -129,10 +129,11 @@ def look(
     c: Ppo | Rloo | Grpo,
     given_score_B: jax.Array | None,
 ) -> tuple[Rollout, jax.Array, Metrics]:
-    """One pass of the trunk for policy, reference and reward model: the rollout, the policy's final states, metrics.
+    """What policy, reference and reward model make of the trunk's output: the rollout, the its final states, metrics.
 
-    `prompts` has a row for each response. `given_score_B` holds the scores where the reward model comes from elsewhere.
-    As many rows are read at a time as an update learns from, where that takes nothing but less memory.
+    The output is the sampler's, or else that of one pass of the trunk. `prompts` has a row for each response.
+    `given_score_B` holds the scores where the reward model comes from elsewhere. As many rows are read at a time as an
+    update learns from, where that takes nothing but less memory.
     """
     temperature, parts = c.temperature, c.minibatches * c.optim.accumulate
     R = drawn.tokens_BR.shape[1]
@@ -140,16 +141,17 @@ def look(
     mask_BT = jnp.concatenate([prompts.mask_BP, drawn.mask_BR], 1)
     mask_BR, length_B = drawn.mask_BR, drawn.mask_BR.sum(-1)
 
-    def read_all(rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        hidden_bTD = model.trunk(arch, fixed.frozen, *rows)
+    def read_all(rows: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[Any, ...]:
+        hidden_bTD = model.trunk(arch, fixed.frozen, *rows[:2]) if rows[2] is None else rows[2]
         final_bRD, ref_bRD = (final_states(arch, t, rows[0], hidden_bTD, rows[1], R) for t in (top, fixed.ref))
         own = read(arch, fixed.frozen, top, final_bRD, rows[0], temperature)
         ref_logp_bR, _ = read(arch, fixed.frozen, fixed.ref, ref_bRD, rows[0], temperature)
         score_b = () if fixed.scorer is None else (policies.read_out(arch, fixed.scorer, rows[0], hidden_bTD, rows[1]),)
-        return hidden_bTD, final_bRD, *own, ref_logp_bR, *score_b
+        return None if rows[2] is not None else hidden_bTD, final_bRD, *own, ref_logp_bR, *score_b
 
-    found = _in_parts(read_all, (token_BT, mask_BT), parts)
+    found = _in_parts(read_all, (token_BT, mask_BT, drawn.hidden_BTD), parts)
     hidden_BTD, final_BRD, logp_BR, entropy_BR, ref_logp_BR, *scores = found
+    hidden_BTD = hidden_BTD if drawn.hidden_BTD is None else drawn.hidden_BTD
     model_score_B = scores[0] if scores else given_score_B
     assert model_score_B is not None
     score_B = losses.score_penalties(model_score_B, length_B, drawn.finished_B, shaping, R)
@@ -172,7 +174,20 @@ def look(
         # The sampler decodes token by token, the scorer in one pass: the gap is rounding, or a bug.
         "sampler_gap": jnp.abs((logp_BR - drawn.logp_BR) * mask_BR).max(),
     }
+    if drawn.hidden_BTD is not None:
+        metrics["trunk_gap"] = _trunk_gap(arch, fixed.frozen, token_BT, mask_BT, drawn.hidden_BTD)
     return rollout, final_BRD, metrics
+
+
+def _trunk_gap(
+    arch: model.Architecture, frozen: Frozen, token_BT: jax.Array, mask_BT: jax.Array, hidden_BTD: jax.Array
+) -> jax.Array:
+    """How far the sampler's states of a row on each device are from those of one pass, in shares of the largest."""
+    every = max(len(token_BT) // model.ways(), 1)
+    token_bT, mask_bT, hidden_bTD = (x[::every] for x in (token_BT, mask_BT, hidden_BTD))
+    once_bTD = jnp.where(mask_bT[..., None] > 0, model.trunk(arch, frozen, token_bT, mask_bT), 0)
+    gap_bTD = jnp.where(mask_bT[..., None] > 0, once_bTD - hidden_bTD, 0)
+    return (jnp.abs(gap_bTD).max() / jnp.abs(once_bTD).max()).astype(jnp.float32)
 
 
 def _in_parts(look_at: Callable[[Rows], Tree], rows: Rows, parts: int) -> Tree:
@@ -239,7 +254,8 @@ def train(
         batch = sharding.shard_step(prompts, i, run.mesh)
         draw_key, update_key = jax.random.split(run.key(stage, i))
         top, frozen = policy(state.params), held.fixed.frozen
-        drawn = sampling.sample(run.arch, gen, frozen, top, batch.tokens_BP, batch.mask_BP, draw_key, samples)
+        asked = batch.tokens_BP, batch.mask_BP, draw_key, samples
+        drawn = sampling.sample(run.arch, gen, frozen, top, *asked, keep_trunk=True)
         given_B = None if held.elsewhere is None else jnp.asarray(held.elsewhere(batch, drawn, samples))
         batch = jax.tree.map(lambda x: jnp.repeat(x, samples, 0), batch) if samples > 1 else batch
         state, metrics = learn(state, batch, drawn, given_B, update_key)

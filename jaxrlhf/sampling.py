@@ -35,6 +35,7 @@ class _Decoding(NamedTuple):
     mask_MR: jax.Array
     logp_MR: jax.Array
     logits_MV: jax.Array
+    hidden_MRD: jax.Array  # the trunk's output at the tokens drawn, where it is asked for; else [M, R, 0]
     cache: list[tuple[jax.Array, jax.Array]]
     key: jax.Array
 
@@ -62,7 +63,7 @@ def warp(logits_MV: jax.Array, gen: Generation) -> jax.Array:
     return jax.nn.log_softmax(logits_MV, axis=-1)
 
 
-@partial(jax.jit, static_argnames=("arch", "gen", "samples"))
+@partial(jax.jit, static_argnames=("arch", "gen", "samples", "keep_trunk"))
 def sample(
     arch: model.Architecture,
     gen: Generation,
@@ -72,15 +73,18 @@ def sample(
     mask_BP: jax.Array,
     key: jax.Array,
     samples: int = 1,
+    keep_trunk: bool = False,
 ) -> Sample:
     """Draws `samples` responses to each left-padded prompt; rows are prompt-major, [B * N, R].
 
     Stops as soon as every row has ended. `logp` is under the distribution that was sampled from; the end-of-text token
-    counts as part of the response.
+    counts as part of the response. With `keep_trunk`, the trunk's output at prompts and responses comes along, where
+    there is a trunk, so that nobody who shares it has to run it again.
     """
     B, P = prompt_BP.shape
     M, R = B * samples, gen.max_tokens
-    final_B1D, prefix = _prefill(arch, frozen, top, prompt_BP, mask_BP)
+    keep_trunk &= bool(frozen.embed)
+    final_B1D, hidden_BPD, prefix = _prefill(arch, frozen, top, prompt_BP, mask_BP)
     logits_MV = jnp.repeat(model.logits(arch, frozen, top, final_B1D)[:, 0], samples, axis=0)
     parts = (frozen.blocks, top.blocks)
     layers = [
@@ -97,32 +101,46 @@ def sample(
         mask_MR=jnp.zeros((M, R), jnp.float32),
         logp_MR=jnp.zeros((M, R), jnp.float32),
         logits_MV=logits_MV,
+        hidden_MRD=jnp.zeros((M, R, arch.width if keep_trunk else 0), hidden_BPD.dtype),
         cache=[(empty, empty) for _ in layers],
         key=key,
     )
 
+    feed = partial(_advance, arch, frozen, top, layers, prefix, mask_BP, position_BP, length_M)
+
     def body(s: _Decoding) -> _Decoding:
         s = _draw(gen, s)
-        h_M1D, cache = _advance(arch, frozen, top, layers, prefix, mask_BP, position_BP, length_M, s)
-        return s._replace(logits_MV=model.logits(arch, frozen, top, h_M1D)[:, 0], cache=cache, step=s.step + 1)
+        h_M1D, s = feed(s)
+        return s._replace(logits_MV=model.logits(arch, frozen, top, h_M1D)[:, 0], step=s.step + 1)
 
     # The last token drawn is never fed back, so the loop stops one step short and draws it after.
     state = jax.lax.while_loop(lambda s: (s.step < R - 1) & ~s.done_M.all(), body, state)
     state = _draw(gen, state)
-    return Sample(tokens_BR=state.tokens_MR, mask_BR=state.mask_MR, logp_BR=state.logp_MR, finished_B=state.done_M)
+    hidden_MTD = None
+    if keep_trunk:  # XLA leaves out what is above the trunk here
+        hidden_MTD = jnp.concatenate([jnp.repeat(hidden_BPD, samples, 0), feed(state)[1].hidden_MRD], 1)
+    return Sample(
+        tokens_BR=state.tokens_MR,
+        mask_BR=state.mask_MR,
+        logp_BR=state.logp_MR,
+        finished_B=state.done_M,
+        hidden_BTD=hidden_MTD,
+    )
 
 
-def _prefill(arch, frozen, top, prompt_BP, mask_BP) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    """Final hidden state at the prompts' last token [B, 1, D], and each layer's keys and values [B, G, P, K]."""
+def _prefill(arch, frozen, top, prompt_BP, mask_BP) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """Final state at the last token [B, 1, D], the trunk's output, and each layer's keys and values [B, G, P, K]."""
     position_BP, mask_BPS = model.positions(mask_BP), model.causal(mask_BP)
-    h_BPD = model.embed(arch, frozen.embed or top.embed, prompt_BP, position_BP)
-    prefix = []
-    for blocks, pick in ((frozen.blocks, None), (top.blocks, lambda x: x[:, -1:])):
-        h_BPD, (k_LBPGK, v_LBPGK) = model.run_blocks(
-            arch, blocks, h_BPD, position_BP, mask_BPS, keep=True, first=len(prefix), pick=pick
-        )
-        prefix += [(k_LBPGK[i].swapaxes(1, 2), v_LBPGK[i].swapaxes(1, 2)) for i in range(model.depth(blocks))]
-    return model.final_norm(arch, top, h_BPD), prefix
+    run = partial(model.run_blocks, arch, position_BT=position_BP, mask_BTS=mask_BPS, keep=True)
+    hidden_BPD = model.embed(arch, frozen.embed or top.embed, prompt_BP, position_BP)
+    hidden_BPD, lower = run(frozen.blocks, hidden_BPD)
+    h_B1D, upper = run(top.blocks, hidden_BPD, first=model.depth(frozen.blocks), pick=lambda x: x[:, -1:])
+    prefix = [
+        (k_LBPGK[i].swapaxes(1, 2), v_LBPGK[i].swapaxes(1, 2))
+        for k_LBPGK, v_LBPGK in (lower, upper)
+        for i in range(len(k_LBPGK))
+    ]
+    return model.final_norm(arch, top, h_B1D), hidden_BPD, prefix
 
 
 def _draw(gen: Generation, s: _Decoding) -> _Decoding:
@@ -146,16 +164,18 @@ def _draw(gen: Generation, s: _Decoding) -> _Decoding:
 def _advance(arch, frozen, top, layers, prefix, mask_BP, position_BP, length_M, s: _Decoding):
     """Feeds the drawn tokens through all layers, which attend to the shared prefix and to each row's own suffix."""
     position_M1 = (length_M + s.step)[:, None]
-    h_M1D = model.embed(arch, frozen.embed or top.embed, s.token_M[:, None], position_M1)
-    cache = []
+    h, cache = [model.embed(arch, frozen.embed or top.embed, s.token_M[:, None], position_M1)], []
     windows = arch.windows or (0,) * arch.layers
     for block, shared, own, window in zip(layers, prefix, s.cache, windows, strict=True):
         attend = partial(
             _attend, arch, window, shared=shared, own=own, mask_BP=mask_BP, position_BP=position_BP, step=s.step
         )
-        h_M1D, kept = model.Block(arch).apply({"params": block}, h_M1D, position_M1, attend)
-        cache.append(kept)
-    return model.final_norm(arch, top, h_M1D), cache
+        h_M1D, kept = model.Block(arch).apply({"params": block}, h[-1], position_M1, attend)
+        h, cache = [*h, h_M1D], [*cache, kept]
+    hidden_MRD = s.hidden_MRD
+    if hidden_MRD.shape[-1]:
+        hidden_MRD = hidden_MRD.at[:, s.step].set(h[model.depth(frozen.blocks)][:, 0])
+    return model.final_norm(arch, top, h[-1]), s._replace(cache=cache, hidden_MRD=hidden_MRD)
 
 
 def _attend(arch, window, q_M1HK, k_M1GK, v_M1GK, *, shared, own, mask_BP, position_BP, step):

@@ -122,6 +122,7 @@ class Sample:
     mask_BR: jax.Array  # f32
     logp_BR: jax.Array  # f32, under the distribution sampled from; 0 on padding
     finished_B: jax.Array  # bool: ended by itself, not by the length limit
+    hidden_BTD: jax.Array | None = None  # the trunk's output at prompt and response, where it was asked for
 
 
 @struct.dataclass

@@ -2,8 +2,8 @@
 
 In floating-point operations of matrix products, an addition and a multiplication each: all else is a few per cent. The
 least counts tokens of texts and pairs without padding, prompts of samples and rollouts with it, keys and queries that
-causal attention needs, and no gradient of what is frozen. A scorer that runs the trunk again after the sampler is part
-of PPO's least: it is what makes the sampler checkable.
+causal attention needs, and no gradient of what is frozen. In PPO, whatever the sampler has computed of the trunk is not
+computed again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def least(work: Work, arch: model.Architecture) -> int:
         return sum(_pair(arch, k, *lengths) for lengths in work.lengths(e.reward.batch_size))
     B, T = e.ppo.batch_size, P + R
     top = _blocks(arch, arch.layers - k, B, T, R)
-    scored = k * _block(arch, B, T) + 2 * (top + _head(arch, B * R)) + _blocks(arch, arch.layers - k, B, T, 1)
+    # The trunk once more for the last token alone, which the sampler need not feed back.
+    scored = k * _block(arch, B, 1, keys=T) + 2 * (top + _head(arch, B * R)) + _blocks(arch, arch.layers - k, B, T, 1)
     learnt = e.ppo.epochs * (_trained(arch, k, B, T, R) + (2 if k else 3) * _head(arch, B * R))
     return _sampled(arch, B, 1, P, R) + scored + learnt
 

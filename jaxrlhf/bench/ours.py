@@ -157,7 +157,7 @@ def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
     key = jax.random.key(4)
 
     def drawing(state: Any) -> tuple:
-        return arch, gen, frozen, state.params.top, prompts.tokens_BP, prompts.mask_BP, key
+        return arch, gen, frozen, state.params.top, prompts.tokens_BP, prompts.mask_BP, key, 1, True
 
     def once() -> None:
         drawn = sampling.sample(*drawing(held[0]))
