@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,10 @@ from jaxrlhf import head, loop, losses, model, optim, policies, sampling, scorin
 from jaxrlhf.config import Grpo, Ppo, Rloo
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
+from jaxrlhf.parts import in_parts
 from jaxrlhf.types import Fixed, Frozen, PromptBatch, Rollout, Sample, Top, TrainState
 
 Metrics = dict[str, jax.Array]
-Rows = TypeVar("Rows")
-Tree = TypeVar("Tree")
 # (state, prompts, responses, their scores where the reward model comes from elsewhere, key) -> (state, metrics)
 Learn = Callable[[TrainState, PromptBatch, Sample, jax.Array | None, jax.Array], tuple[TrainState, Metrics]]
 
@@ -149,7 +148,7 @@ def look(
         score_b = () if fixed.scorer is None else (policies.read_out(arch, fixed.scorer, rows[0], hidden_bTD, rows[1]),)
         return None if rows[2] is not None else hidden_bTD, final_bRD, *own, ref_logp_bR, *score_b
 
-    found = _in_parts(read_all, (token_BT, mask_BT, drawn.hidden_BTD), parts)
+    found = in_parts(read_all, (token_BT, mask_BT, drawn.hidden_BTD), parts)
     hidden_BTD, final_BRD, logp_BR, entropy_BR, ref_logp_BR, *scores = found
     hidden_BTD = hidden_BTD if drawn.hidden_BTD is None else drawn.hidden_BTD
     model_score_B = scores[0] if scores else given_score_B
@@ -188,15 +187,6 @@ def _trunk_gap(
     once_bTD = jnp.where(mask_bT[..., None] > 0, model.trunk(arch, frozen, token_bT, mask_bT), 0)
     gap_bTD = jnp.where(mask_bT[..., None] > 0, once_bTD - hidden_bTD, 0)
     return (jnp.abs(gap_bTD).max() / jnp.abs(once_bTD).max()).astype(jnp.float32)
-
-
-def _in_parts(look_at: Callable[[Rows], Tree], rows: Rows, parts: int) -> Tree:
-    """`look_at` of arrays [B, ...] in `parts`; at once where the mesh divides parameters, or a part's rows unevenly."""
-    # Each part would gather the parameters anew, and rows that do not divide lie whole on every device.
-    if model.gathers() or len(jax.tree.leaves(rows)[0]) // parts % model.ways():
-        return look_at(rows)
-    found = jax.lax.map(look_at, optim.apart(rows, parts))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
 
 def epochs(

@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import model
+from jaxrlhf.parts import in_parts
 from jaxrlhf.types import Frozen, Sample, Top
+
+PREFILL = 2048  # tokens of prompts at a time on a device, or one prompt
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,17 @@ def sample(
 
 def _prefill(arch, frozen, top, prompt_BP, mask_BP) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """Final state at the last token [B, 1, D], the trunk's output, and each layer's keys and values [B, G, P, K]."""
-    position_BP, mask_BPS = model.positions(mask_BP), model.causal(mask_BP)
-    run = partial(model.run_blocks, arch, position_BT=position_BP, mask_BTS=mask_BPS, keep=True)
+    # The stacked layers' keys and values of all prompts, and a copy of each layer's, would be held at once.
+    B, P = prompt_BP.shape
+    most, rows = B * P // (PREFILL * model.ways()), B // model.ways()
+    parts = next((n for n in range(min(most, rows), 1, -1) if rows % n == 0), 1)
+    return in_parts(partial(_prefill_some, arch, frozen, top), (prompt_BP, mask_BP), parts)
+
+
+def _prefill_some(arch, frozen, top, rows):
+    prompt_BP, mask_BP = rows
+    position_BP = model.positions(mask_BP)
+    run = partial(model.run_blocks, arch, position_BT=position_BP, mask_BTS=model.causal(mask_BP), keep=True)
     hidden_BPD = model.embed(arch, frozen.embed or top.embed, prompt_BP, position_BP)
     hidden_BPD, lower = run(frozen.blocks, hidden_BPD)
     h_B1D, upper = run(top.blocks, hidden_BPD, first=model.depth(frozen.blocks), pick=lambda x: x[:, -1:])
