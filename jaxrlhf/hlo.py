@@ -138,6 +138,8 @@ def _runs(computations: dict[str, _Computation], name: str, times: float = 1.0) 
             condition = re.search(r"condition=%([\w.-]+)", x.rest)
             assert body is not None
             assert condition is not None
+            if _goes_on(computations, computation, x, condition[1]):
+                continue
             yield from _runs(computations, body[1], times * _trips(computations, condition[1], body[1]))
         elif x.opcode == "call":
             for c in called:
@@ -148,6 +150,23 @@ def _runs(computations: dict[str, _Computation], name: str, times: float = 1.0) 
             names = branches[1].split(",") if branches else re.findall(r"(?:true|false)_computation=(%[\w.-]+)", x.rest)
             for c in names:
                 yield from _runs(computations, c.strip().lstrip("%"), times)
+
+
+def _goes_on(computations: dict[str, _Computation], holder: _Computation, x: _Instruction, condition: str) -> bool:
+    """Whether a loop counts on where another stopped, which counts as if it had not stopped."""
+    start = holder.source(x.operands[0])
+    if start.opcode != "tuple":
+        return False
+    for read in computations[condition].instructions.values():
+        if read.opcode == "get-tuple-element" and re.match(r"[su]32\[\]", read.kind):
+            index = re.search(r"index=(\d+)", read.rest)
+            assert index is not None
+            begun = holder.source(start.operands[int(index[1])])
+            while begun.opcode == "copy":
+                begun = holder.source(begun.operands[0])
+            if begun.opcode == "get-tuple-element" and holder.source(begun.operands[0]).opcode == "while":
+                return True
+    return False
 
 
 def _trips(computations: dict[str, _Computation], condition: str, body: str) -> int:

@@ -42,13 +42,14 @@ def seconds(chip: Chip, flops: float, hbm: float, sent: float) -> dict[str, floa
 def flops(jaxpr: Any) -> float:
     """FLOPs of all matrix products in a traced function: two for each multiply-add, loops as often as they run.
 
-    What is computed again for gradients counts again. A `while` counts as if it ran to the bound in its condition.
+    What is computed again for gradients counts again. A `while` counts as if it ran to the bound in its condition; one
+    that counts on where another stopped, not at all, as the other counts as if it had not stopped.
 
     Raises:
       ValueError: a `while` whose condition compares with no constant.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    total = 0.0
+    total, counted = 0.0, []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -58,7 +59,9 @@ def flops(jaxpr: Any) -> float:
             total += eqn.params["length"] * flops(eqn.params["jaxpr"])
         elif eqn.primitive.name == "while":
             if body := flops(eqn.params["body_jaxpr"]):
-                total += _bound(eqn.params["cond_jaxpr"]) * body
+                bound, counter = _bound(eqn)
+                total += 0 if any(counter is x for x in counted) else bound * body
+                counted += eqn.outvars
         elif eqn.primitive.name == "cond":
             total += max(flops(b) for b in eqn.params["branches"])
         else:
@@ -73,11 +76,13 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
                 yield x
 
 
-def _bound(condition: core.ClosedJaxpr) -> int:
-    for eqn in condition.jaxpr.eqns:
-        constants = [int(x.val) for x in eqn.invars if isinstance(x, core.Literal)]
-        if eqn.primitive.name == "lt" and constants:
-            return constants[0]
+def _bound(eqn: core.JaxprEqn) -> tuple[int, Any]:
+    """The constant that a loop's counter is compared with, and the counter's start."""
+    condition = eqn.params["cond_jaxpr"].jaxpr
+    starts = eqn.invars[: eqn.params["cond_nconsts"]] + eqn.invars[len(eqn.invars) - len(eqn.outvars) :]
+    for e in condition.eqns:
+        if e.primitive.name == "lt" and e.invars[0] in condition.invars and isinstance(e.invars[1], core.Literal):
+            return int(e.invars[1].val), starts[condition.invars.index(e.invars[0])]
     raise ValueError("a while loop whose condition compares with no constant has no bound that can be read")
 
 

@@ -1,9 +1,15 @@
-"""Sampling: one jitted function. Prompts are prefilled once, and their keys and values shared by their N samples."""
+"""Sampling: one jitted function. Prompts are prefilled once, and their keys and values shared by their N samples.
+
+Rows that have ended leave: once no prompt has more than half of its samples to go on with, or a quarter, the loop goes
+on with as many rows. Which rows are there changes no draw.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -14,6 +20,8 @@ from jaxrlhf.parts import in_parts
 from jaxrlhf.types import Frozen, Sample, Top
 
 PREFILL = 2048  # tokens of prompts at a time on a device, or one prompt
+HALVINGS = 2  # of the rows, as each number of them is compiled
+FEWEST = 16  # rows to go on with: fewer take hardly less time
 
 
 @dataclass(frozen=True)
@@ -28,23 +36,35 @@ class Generation:
     pad_id: int = 0
 
 
+class _Prompts(NamedTuple):
+    """What is known of the prompts; `prefix` has keys and values [B, G, P, K] of each layer."""
+
+    mask_BP: jax.Array
+    position_BP: jax.Array
+    prefix: list[tuple[jax.Array, jax.Array]]
+
+
+class _Rows(NamedTuple):
+    """Those that still go on, m of M = B * N; `cache` has keys and values [m, G, R, K] of each layer."""
+
+    row_m: jax.Array  # which of the M
+    length_m: jax.Array  # of its prompt
+    token_m: jax.Array
+    logits_mV: jax.Array
+    cache: list[tuple[jax.Array, jax.Array]]
+    drawn: Sample  # `hidden_BTD` is the trunk's output at the tokens drawn, where it is asked for
+
+
 class _Decoding(NamedTuple):
-    """The loop's carry. M = B * N rows; `cache` has keys and values [M, G, R, K] of each layer."""
+    """The loop's carry."""
 
     step: jax.Array
-    token_M: jax.Array
-    done_M: jax.Array
-    tokens_MR: jax.Array
-    mask_MR: jax.Array
-    logp_MR: jax.Array
-    logits_MV: jax.Array
-    hidden_MRD: jax.Array  # the trunk's output at the tokens drawn, where it is asked for; else [M, R, 0]
-    cache: list[tuple[jax.Array, jax.Array]]
+    rows: _Rows
     key: jax.Array
 
 
 def warp(logits_MV: jax.Array, gen: Generation) -> jax.Array:
-    """Log-probabilities of the distribution sampled from: temperature, then top-k, then top-p. f32 [M, V].
+    """Logits of the distribution sampled from: temperature, then top-k, then top-p. f32 [M, V].
 
     top-k keeps every token that ties with the k-th; top-p keeps the smallest set of most probable tokens whose mass
     reaches p (Holtzman et al. 2020), the most probable one always. At temperature 0, all mass is on the first argmax.
@@ -63,7 +83,33 @@ def warp(logits_MV: jax.Array, gen: Generation) -> jax.Array:
         kept_MV = mass_before_MV < gen.top_p
         least_M1 = jnp.min(jnp.where(kept_MV, sorted_MV, jnp.inf), axis=-1, keepdims=True)
         logits_MV = jnp.where(logits_MV >= least_M1, logits_MV, model.MASKED)
-    return jax.nn.log_softmax(logits_MV, axis=-1)
+    return logits_MV
+
+
+def draw(logits_MV: jax.Array, uniform_M2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A token of each row by the softmax of its logits, int32 [M], and its log-probability, f32 [M].
+
+    By inversion: one uniform number in [0, 1) finds a block of about sqrt(V) tokens, one the token in it. Noise for
+    each word (Gumbel-max) would take CPUs longer than the model where the vocabulary is large.
+    """
+    M, V = logits_MV.shape
+    size = math.isqrt(V - 1) + 1
+    blocks = -(-V // size)
+    top_M1 = logits_MV.max(-1, keepdims=True)
+    mass_MV = jnp.pad(jnp.exp(logits_MV - top_M1), ((0, 0), (0, blocks * size - V)))
+    block_M, total_M = _invert(mass_MV.reshape(M, blocks, size).sum(-1), uniform_M2[:, 0])
+    word_MS = block_M[:, None] * size + jnp.arange(size)
+    logits_MS = jnp.take_along_axis(logits_MV, jnp.minimum(word_MS, V - 1), -1)
+    within_M, _ = _invert(jnp.where(word_MS < V, jnp.exp(logits_MS - top_M1), 0.0), uniform_M2[:, 1])
+    chosen_M1 = jnp.take_along_axis(logits_MS, within_M[:, None], -1)
+    return block_M * size + within_M, (chosen_M1 - top_M1)[:, 0] - jnp.log(total_M)
+
+
+def _invert(mass_MX: jax.Array, uniform_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first index by which more than a share `uniform_M` of all mass is reached, and all mass; two [M]."""
+    reached_MX = jnp.cumsum(mass_MX, -1)
+    total_M = reached_MX[:, -1]
+    return (reached_MX <= (uniform_M * total_M)[:, None]).sum(-1, dtype=jnp.int32), total_M
 
 
 @partial(jax.jit, static_argnames=("arch", "gen", "samples", "keep_trunk"))
@@ -84,51 +130,73 @@ def sample(
     counts as part of the response. With `keep_trunk`, the trunk's output at prompts and responses comes along, where
     there is a trunk, so that nobody who shares it has to run it again.
     """
-    B, P = prompt_BP.shape
-    M, R = B * samples, gen.max_tokens
-    keep_trunk &= bool(frozen.embed)
+    B, M, R = len(prompt_BP), len(prompt_BP) * samples, gen.max_tokens
     final_B1D, hidden_BPD, prefix = _prefill(arch, frozen, top, prompt_BP, mask_BP)
-    logits_MV = jnp.repeat(model.logits(arch, frozen, top, final_B1D)[:, 0], samples, axis=0)
+    prompts = _Prompts(mask_BP, model.positions(mask_BP), prefix)
     parts = (frozen.blocks, top.blocks)
     layers = [
         model.cast(arch, jax.tree.map(lambda x, i=i: x[i], part)) for part in parts for i in range(model.depth(part))
     ]
-    position_BP = model.positions(mask_BP)
-    length_M = jnp.repeat(mask_BP.sum(-1).astype(jnp.int32), samples)
     empty = jnp.zeros((M, arch.kv_heads, R, arch.head_width), prefix[0][0].dtype)
-    state = _Decoding(
-        step=jnp.int32(0),
-        token_M=jnp.full((M,), gen.pad_id, jnp.int32),
-        done_M=jnp.zeros((M,), jnp.bool_),
-        tokens_MR=jnp.full((M, R), gen.pad_id, jnp.int32),
-        mask_MR=jnp.zeros((M, R), jnp.float32),
-        logp_MR=jnp.zeros((M, R), jnp.float32),
-        logits_MV=logits_MV,
-        hidden_MRD=jnp.zeros((M, R, arch.width if keep_trunk else 0), hidden_BPD.dtype),
+    drawn = Sample(
+        tokens_BR=jnp.full((M, R), gen.pad_id, jnp.int32),
+        mask_BR=jnp.zeros((M, R), jnp.float32),
+        logp_BR=jnp.zeros((M, R), jnp.float32),
+        finished_B=jnp.zeros((M,), jnp.bool_),
+        hidden_BTD=jnp.zeros((M, R, arch.width), hidden_BPD.dtype) if keep_trunk and frozen.embed else None,
+    )
+    rows = _Rows(
+        row_m=jnp.arange(M),
+        length_m=jnp.repeat(mask_BP.sum(-1).astype(jnp.int32), samples),
+        token_m=jnp.full((M,), gen.pad_id, jnp.int32),
+        logits_mV=jnp.repeat(model.logits(arch, frozen, top, final_B1D)[:, 0], samples, axis=0),
         cache=[(empty, empty) for _ in layers],
-        key=key,
+        drawn=drawn,
     )
+    s = _Decoding(jnp.int32(0), rows, key)
+    groups, sizes = _sizes(B, samples)
+    for size, smaller in pairwise([*sizes, 0]):
 
-    feed = partial(_advance, arch, frozen, top, layers, prefix, mask_BP, position_BP, length_M)
+        def goes_on(s: _Decoding, size: int = size, smaller: int = smaller) -> jax.Array:
+            going_g = (~s.rows.drawn.finished_B).reshape(groups, size).mean(1)
+            return (s.step < R) & (going_g.max() > (smaller + 0.5) / size)
 
-    def body(s: _Decoding) -> _Decoding:
-        s = _draw(gen, s)
-        h_M1D, s = feed(s)
-        return s._replace(logits_MV=model.logits(arch, frozen, top, h_M1D)[:, 0], step=s.step + 1)
+        def body(s: _Decoding, prompts: _Prompts = prompts) -> _Decoding:
+            return _advance(arch, frozen, top, layers, prompts, _draw(gen, s, M))
 
-    # The last token drawn is never fed back, so the loop stops one step short and draws it after.
-    state = jax.lax.while_loop(lambda s: (s.step < R - 1) & ~s.done_M.all(), body, state)
-    state = _draw(gen, state)
-    hidden_MTD = None
-    if keep_trunk:  # XLA leaves out what is above the trunk here
-        hidden_MTD = jnp.concatenate([jnp.repeat(hidden_BPD, samples, 0), feed(state)[1].hidden_MRD], 1)
-    return Sample(
-        tokens_BR=state.tokens_MR,
-        mask_BR=state.mask_MR,
-        logp_BR=state.logp_MR,
-        finished_B=state.done_M,
-        hidden_BTD=hidden_MTD,
-    )
+        s = jax.lax.while_loop(goes_on, body, s)
+        drawn = s.rows.drawn if size == sizes[0] else jax.tree.map(partial(_put, s.rows.row_m), drawn, s.rows.drawn)
+        if smaller:
+            s, prompts = _fewer(s, prompts, groups, smaller, samples)
+    if drawn.hidden_BTD is None:
+        return drawn
+    hidden_MTD = jnp.concatenate([jnp.repeat(hidden_BPD, samples, 0), drawn.hidden_BTD], 1)
+    return drawn.replace(hidden_BTD=hidden_MTD)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _put(row_m: jax.Array, x_M: jax.Array, x_m: jax.Array) -> jax.Array:
+    return x_M.at[row_m].set(x_m)
+
+
+def _sizes(B: int, samples: int) -> tuple[int, list[int]]:
+    """In how many groups rows leave, so that none has to change devices, and the numbers of rows that a group has."""
+    ways = 1 if B % model.ways() else model.ways()
+    groups, sizes = (B, [samples]) if samples > 1 else (ways, [B // ways])
+    while len(sizes) <= HALVINGS and groups * (half := -(-sizes[-1] // 2)) >= FEWEST and half < sizes[-1]:
+        sizes.append(half)
+    return groups, sizes
+
+
+def _fewer(s: _Decoding, prompts: _Prompts, groups: int, size: int, samples: int) -> tuple[_Decoding, _Prompts]:
+    """The rows of each group that have not ended, and as many others as make `size`, in their order."""
+    order_gk = jnp.argsort(s.rows.drawn.finished_B.reshape(groups, -1), axis=1, stable=True)[:, :size]
+
+    def taken(x: jax.Array) -> jax.Array:
+        some = jax.vmap(lambda x, order_k: x[order_k])(x.reshape(groups, -1, *x.shape[1:]), order_gk)
+        return some.reshape(groups * size, *x.shape[1:])
+
+    prompts = prompts if samples > 1 else jax.tree.map(taken, prompts)
+    return s._replace(rows=jax.tree.map(taken, s.rows)), prompts
 
 
 def _prefill(arch, frozen, top, prompt_BP, mask_BP) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]]]:
@@ -155,46 +223,46 @@ def _prefill_some(arch, frozen, top, rows):
     return model.final_norm(arch, top, h_B1D), hidden_BPD, prefix
 
 
-def _draw(gen: Generation, s: _Decoding) -> _Decoding:
+def _draw(gen: Generation, s: _Decoding, M: int) -> _Decoding:
     """Draws the next token of every row that has not ended."""
-    logp_MV = warp(s.logits_MV, gen)
-    # jax.random.categorical, but for the barrier: fused into the argmax, the noise takes four times as long on CPUs.
-    noise_MV = jax.lax.optimization_barrier(jax.random.gumbel(jax.random.fold_in(s.key, s.step), logp_MV.shape))
-    drawn_M = jnp.argmax(noise_MV + logp_MV, axis=-1).astype(jnp.int32)
-    token_M = jnp.where(s.done_M, gen.pad_id, drawn_M)
-    alive_M = ~s.done_M
-    logp_M = jnp.where(alive_M, jnp.take_along_axis(logp_MV, drawn_M[:, None], -1)[:, 0], 0.0)
-    return s._replace(
-        token_M=token_M,
-        tokens_MR=s.tokens_MR.at[:, s.step].set(token_M),
-        mask_MR=s.mask_MR.at[:, s.step].set(alive_M.astype(jnp.float32)),
-        logp_MR=s.logp_MR.at[:, s.step].set(logp_M),
-        done_M=s.done_M | (drawn_M == gen.eos_id),
+    rows, drawn = s.rows, s.rows.drawn
+    # Numbers for all M rows, so that each has its own whichever are left.
+    uniform_M2 = jax.random.uniform(jax.random.fold_in(s.key, s.step), (M, 2))
+    drawn_m, logp_m = draw(warp(rows.logits_mV, gen), uniform_M2[rows.row_m])
+    alive_m = ~rows.drawn.finished_B
+    token_m = jnp.where(alive_m, drawn_m, gen.pad_id)
+    drawn = drawn.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        tokens_BR=drawn.tokens_BR.at[:, s.step].set(token_m),
+        mask_BR=drawn.mask_BR.at[:, s.step].set(alive_m.astype(jnp.float32)),
+        logp_BR=drawn.logp_BR.at[:, s.step].set(jnp.where(alive_m, logp_m, 0.0)),
+        finished_B=drawn.finished_B | (drawn_m == gen.eos_id),
     )
+    return s._replace(rows=rows._replace(token_m=token_m, drawn=drawn))
 
 
-def _advance(arch, frozen, top, layers, prefix, mask_BP, position_BP, length_M, s: _Decoding):
+def _advance(arch, frozen, top, layers, prompts: _Prompts, s: _Decoding) -> _Decoding:
     """Feeds the drawn tokens through all layers, which attend to the shared prefix and to each row's own suffix."""
-    position_M1 = (length_M + s.step)[:, None]
-    h, cache = [model.embed(arch, frozen.embed or top.embed, s.token_M[:, None], position_M1)], []
+    rows, drawn = s.rows, s.rows.drawn
+    position_M1 = (rows.length_m + s.step)[:, None]
+    h, cache = [model.embed(arch, frozen.embed or top.embed, rows.token_m[:, None], position_M1)], []
     windows = arch.windows or (0,) * arch.layers
-    for block, shared, own, window in zip(layers, prefix, s.cache, windows, strict=True):
-        attend = partial(
-            _attend, arch, window, shared=shared, own=own, mask_BP=mask_BP, position_BP=position_BP, step=s.step
-        )
+    for block, shared, own, window in zip(layers, prompts.prefix, rows.cache, windows, strict=True):
+        attend = partial(_attend, arch, window, prompts, shared, own, s.step)
         h_M1D, kept = model.Block(arch).apply({"params": block}, h[-1], position_M1, attend)
         h, cache = [*h, h_M1D], [*cache, kept]
-    hidden_MRD = s.hidden_MRD
-    if hidden_MRD.shape[-1]:
-        hidden_MRD = hidden_MRD.at[:, s.step].set(h[model.depth(frozen.blocks)][:, 0])
-    return model.final_norm(arch, top, h[-1]), s._replace(cache=cache, hidden_MRD=hidden_MRD)
+    if drawn.hidden_BTD is not None:
+        hidden_MRD = drawn.hidden_BTD.at[:, s.step].set(h[model.depth(frozen.blocks)][:, 0])
+        drawn = drawn.replace(hidden_BTD=hidden_MRD)  # pyright: ignore[reportAttributeAccessIssue]
+    logits_mV = model.logits(arch, frozen, top, model.final_norm(arch, top, h[-1]))[:, 0]
+    return s._replace(step=s.step + 1, rows=rows._replace(logits_mV=logits_mV, cache=cache, drawn=drawn))
 
 
-def _attend(arch, window, q_M1HK, k_M1GK, v_M1GK, *, shared, own, mask_BP, position_BP, step):
+def _attend(arch, window, prompts, shared, own, step, q_M1HK, k_M1GK, v_M1GK):
     """One query a row over prefix keys [B, G, P, K] (never repeated N times) and suffix keys [M, G, R, K]."""
     M, _, H, K = q_M1HK.shape
     (B, G, P, _), R = shared[0].shape, own[0].shape[2]
     N, Q = M // B, H // G
+    mask_BP, position_BP, _ = prompts
     seen_BP, seen_R = mask_BP > 0, jnp.arange(R) <= step
     if window:
         own_B1 = mask_BP.sum(-1, keepdims=True).astype(jnp.int32) + step

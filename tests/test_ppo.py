@@ -99,6 +99,28 @@ def test_a_rollout_read_in_parts_is_the_whole_rollout(start, freeze_layers, else
         assert np.allclose(x, y, atol=1e-5)
 
 
+def test_a_rollout_of_the_samplers_states_is_that_of_the_trunks_own(start):
+    """And the gap that is logged is what they differ by, on real tokens."""
+    arch, frozen, policy, seen = start
+    fixed = Fixed(frozen=frozen, ref=policy.top, scorer=Scorer(top=policy.top, head=policy.value))
+    prompts = PromptBatch(tokens_BP=seen.tokens_BT[:, :4], mask_BP=seen.mask_BT[:, :4], index_B=jnp.arange(6))
+    own = Sample(seen.tokens_BT[:, 4:], seen.mask_BT[:, 4:], logp_BR=seen.logp_BR, finished_B=jnp.arange(6) > 2)
+
+    def score(hidden_BTD):
+        drawn = own.replace(hidden_BTD=hidden_BTD)
+        return ppo.score(arch, C, fixed, policy, jnp.float32(0.1), prompts, drawn)
+
+    once_BTD = model.trunk(arch, frozen, seen.tokens_BT, seen.mask_BT)
+    (whole, metrics), (same, theirs) = score(None), score(once_BTD.at[1, 0].set(99))  # row 1 begins with padding
+    assert "trunk_gap" not in metrics
+    assert float(theirs.pop("trunk_gap")) < 1e-5
+    same = same.replace(hidden_BTD=same.hidden_BTD.at[1, 0].set(whole.hidden_BTD[1, 0]))
+    for x, y in zip(jax.tree.leaves((whole, metrics)), jax.tree.leaves((same, theirs)), strict=True):
+        assert np.allclose(x, y, atol=1e-5)
+    most = float(jnp.abs(once_BTD[0]).max())
+    assert float(score(once_BTD.at[0, 5, 3].add(0.25))[1]["trunk_gap"]) == pytest.approx(0.25 / most, rel=1e-3)
+
+
 @pytest.mark.parametrize("freeze_layers", [0.5, 0.0])
 def test_minibatches_in_parts_learn_what_whole_ones_do(start, freeze_layers):
     """Also where nothing is frozen, and a rollout keeps no states."""

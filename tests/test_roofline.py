@@ -1,6 +1,7 @@
 """FLOPs by hand, traffic of programs written by hand, and what a loop's length does to a real one."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,26 @@ def test_a_while_loop_counts_up_to_its_bound_and_a_branch_once():
     x = jax.ShapeDtypeStruct((5, 5), jnp.float32)
     assert roofline.flops(jax.jit(decode).trace(x).jaxpr) == 7 * 2 * 5**3
     assert roofline.flops(jax.jit(either).trace(x).jaxpr) == 2 * 2 * 5**3
+
+
+def chain(x: jax.Array) -> jax.Array:
+    """A loop of up to 7 steps, the rest of them on half of the rows, and a loop of its own of 3."""
+    step, x = jax.lax.while_loop(lambda s: (s[0] < 7) & (s[1].max() > 0.5), lambda s: (s[0] + 1, s[1] @ s[1]), (0, x))
+    _, half = jax.lax.while_loop(lambda s: s[0] < 7, lambda s: (s[0] + 1, s[1] @ x), (step, x[::2]))
+    return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.sin(s[1] @ x)), (0, half))[1]
+
+
+def test_a_loop_that_goes_on_where_another_stopped_counts_as_part_of_it():
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    assert roofline.flops(jax.jit(chain).trace(x).jaxpr) == 7 * 2 * 64**3 + 3 * 2 * 32 * 64 * 64
+    text = jax.jit(chain).lower(x).compile().as_text()
+    computations, entry = hlo._parse(text)
+    loops = [
+        hlo._goes_on(computations, computations[entry], x, re.search(r"condition=%([\w.-]+)", x.rest)[1])
+        for x in computations[entry].instructions.values()
+        if x.opcode == "while"
+    ]
+    assert sorted(loops) == [False, False, True]
 
 
 def test_a_while_loop_without_a_bound_is_an_error():

@@ -153,19 +153,91 @@ def test_first_tokens_are_drawn_with_the_models_probabilities():
         assert stats.chisquare(np.roll(seen_V, 1) + 1e-9, p_V / p_V.sum() * (seen_V + 1e-9).sum()).pvalue < 1e-4
 
 
-def test_draws_are_those_of_jax_random_categorical_and_ended_rows_draw_nothing():
-    logits_MV = jnp.asarray(np.random.default_rng(3).normal(0, 2, (64, 23)), jnp.float32)
-    gen, key = Generation(max_tokens=4, temperature=0.7, top_k=9, eos_id=EOS, pad_id=PAD), jax.random.key(8)
-    done_M = jnp.arange(64) % 5 == 0
-    empty_MR = jnp.zeros((64, 4), jnp.float32)
-    before = sampling._Decoding(
-        jnp.int32(2), done_M * 0, done_M, empty_MR.astype(jnp.int32), empty_MR, empty_MR, logits_MV, [], key
-    )
-    found = sampling._draw(gen, before)
-    wanted_M = jax.random.categorical(jax.random.fold_in(key, 2), warp(logits_MV, gen), axis=-1)
-    assert len(set(wanted_M.tolist())) > 10
-    assert found.tokens_MR[:, 2].tolist() == jnp.where(done_M, PAD, wanted_M).tolist()
-    assert found.mask_MR[:, 2].tolist() == (~done_M).tolist()
+def test_draws_by_hand():
+    """Nine words lie in three blocks of three; masses .1 .2 .05 | 0 .25 .1 | .1 .15 .05, so blocks .35 .35 .30."""
+    p_V = np.array([0.1, 0.2, 0.05, 0, 0.25, 0.1, 0.1, 0.15, 0.05], np.float32)
+    uniform_M2 = [(0, 0), (0.34, 0.3), (0.34, 0.99), (0.36, 0), (0.69, 0.72), (0.71, 0.32), (0.9999999, 0.9999999)]
+    logits_MV = jnp.tile(jnp.where(p_V > 0, jnp.log(p_V), model.MASKED) + 7, (7, 1))
+    token_M, logp_M = sampling.draw(logits_MV, jnp.asarray(uniform_M2, jnp.float32))
+    assert token_M.tolist() == [0, 1, 2, 4, 5, 6, 8]
+    assert np.allclose(np.exp(logp_M), p_V[np.asarray(token_M)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("V", [7, 64, 1009])
+def test_draws_have_the_probabilities_of_the_softmax_and_leave_out_what_has_none(V):
+    logits_V = np.random.default_rng(V).normal(0, 2, V).astype(np.float32)
+    logits_V[::3] = model.MASKED
+    n = 40_000
+    uniform_M2 = jax.random.uniform(jax.random.key(1), (n, 2))
+    token_M, logp_M = map(np.asarray, sampling.draw(jnp.tile(logits_V, (n, 1)), uniform_M2))
+    logp_V = np.asarray(jax.nn.log_softmax(logits_V))
+    assert np.allclose(logp_M, logp_V[token_M], atol=1e-5)
+    seen_V, expected_V = np.bincount(token_M, minlength=V), n * np.exp(logp_V.astype(np.float64))
+    assert seen_V[::3].sum() == 0
+    rare = expected_V < 5
+    observed, expected = (np.append(x[~rare], x[rare].sum() + 1e-9) for x in (seen_V, expected_V))
+    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_rows_that_leave_change_nothing(monkeypatch, samples):
+    """Whether rows of prompts or of samples leave: the same tokens and states, worked out in fewer rows."""
+    arch, frozen, top, prompt_BP, mask_BP = setup(sharpness=0.3)
+    prompt_BP, mask_BP = np.repeat(prompt_BP, 5, 0), np.repeat(mask_BP, 5, 0)
+    prompt_BP[:, -1] = np.arange(15) % VOCAB
+    gen, worked, advance = Generation(32, eos_id=EOS, pad_id=PAD), [], sampling._advance
+
+    def counted(*args):
+        jax.debug.callback(worked.append, len(args[-1].rows.row_m))
+        return advance(*args)
+
+    monkeypatch.setattr(sampling, "_advance", counted)
+    found = []
+    for halvings in (0, 2):
+        monkeypatch.setattr(sampling, "HALVINGS", halvings)
+        monkeypatch.setattr(sampling, "FEWEST", 3)
+        sampling.sample.clear_cache()
+        drawn = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(3), samples, True)
+        jax.effects_barrier()
+        found.append((jax.device_get(drawn), sum(worked), set(map(int, worked))))
+        worked.clear()
+    sampling.sample.clear_cache()
+    (whole, all_rows, _), (left, fewer_rows, sizes) = found
+    assert len(sizes) == 3
+    assert fewer_rows < 0.9 * all_rows
+    assert 0 < whole.finished_B.sum() < len(whole.finished_B)
+    real_MT = np.concatenate([np.repeat(mask_BP, samples, 0), whole.mask_BR], 1) > 0
+    for a, b in ((whole.tokens_BR, left.tokens_BR), (whole.mask_BR, left.mask_BR), (whole.finished_B, left.finished_B)):
+        assert np.array_equal(a, b)
+    assert np.abs(whole.logp_BR - left.logp_BR).max() < 1e-5
+    assert np.abs((whole.hidden_BTD - left.hidden_BTD)[real_MT]).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "freeze_layers", "options"),
+    [("llama", 0.5, {}), ("opt", 1.0, {"embed_width": 8}), ("gemma2", 0.5, {"windows": (3, 0)})],
+)
+def test_what_the_trunk_made_comes_along_to_the_last_token(monkeypatch, family, freeze_layers, options):
+    """Prompts prefilled one at a time, or all at once."""
+    arch, frozen, top, prompt_BP, mask_BP = setup(family, freeze_layers, **options)
+    gen = Generation(R, eos_id=-1, pad_id=PAD)
+    for tokens in (2048, 1):
+        monkeypatch.setattr(sampling, "PREFILL", tokens)
+        sampling.sample.clear_cache()
+        drawn = sample(arch, gen, frozen, top, prompt_BP, mask_BP, jax.random.key(0), 2, True)
+        tokens_MT = np.concatenate([np.repeat(prompt_BP, 2, 0), drawn.tokens_BR], 1)
+        mask_MT = np.concatenate([np.repeat(mask_BP, 2, 0), drawn.mask_BR], 1)
+        wanted_MTD = model.trunk(arch, frozen, tokens_MT, mask_MT)
+        assert drawn.hidden_BTD.shape == (6, P + R, 16)
+        assert np.abs(np.where(mask_MT[..., None] > 0, wanted_MTD - drawn.hidden_BTD, 0)).max() < 1e-4
+        assert np.abs(wanted_MTD[:, -1]).min() > 0
+    sampling.sample.clear_cache()
+
+
+def test_nothing_comes_along_where_there_is_no_trunk():
+    arch, frozen, top, prompt_BP, mask_BP = setup("opt", 0.0)
+    asked = arch, Generation(R, eos_id=EOS), frozen, top, prompt_BP, mask_BP, jax.random.key(0), 2, True
+    assert jax.eval_shape(partial(sample, *asked[:2]), *asked[2:7]).hidden_BTD is None
 
 
 def test_tokens_outside_top_k_are_never_drawn_and_logp_is_renormalised():
@@ -212,7 +284,7 @@ def test_warp_by_hand(p, options, wanted):
     logits_MV = jnp.log(jnp.asarray([p, p[::-1]], jnp.float32)) + jnp.asarray([[3.0], [-50.0]])
     if options == {"temperature": 0.0} and p[0] == 0.3:
         logits_MV = logits_MV[:1]  # the first of a tie, so not the mirror image
-    logp_MV = np.asarray(warp(logits_MV, Generation(1, **options)), np.float64)
+    logp_MV = np.asarray(jax.nn.log_softmax(warp(logits_MV, Generation(1, **options))), np.float64)
     rows = [wanted, wanted[::-1]][: len(logp_MV)]
     assert np.allclose(np.exp(logp_MV), rows, atol=1e-5)
     assert np.allclose(np.exp(logp_MV).sum(-1), 1, atol=1e-6)
