@@ -42,7 +42,8 @@ def seconds(chip: Chip, flops: float, hbm: float, sent: float) -> dict[str, floa
 def flops(jaxpr: Any) -> float:
     """FLOPs of all matrix products in a traced function: two for each multiply-add, loops as often as they run.
 
-    What is computed again for gradients counts again. A `while` counts as if it ran to the bound in its condition.
+    What is computed again for gradients counts again. A `while` counts as if it ran to the bound in its condition, and
+    a kernel as if it left out none of its blocks.
 
     Raises:
       ValueError: a `while` whose condition compares with no constant.
@@ -59,6 +60,10 @@ def flops(jaxpr: Any) -> float:
         elif eqn.primitive.name == "while":
             if body := flops(eqn.params["body_jaxpr"]):
                 total += _bound(eqn.params["cond_jaxpr"]) * body
+        elif eqn.primitive.name == "shard_map":  # one device's share
+            total += eqn.params["mesh"].size * flops(eqn.params["jaxpr"])
+        elif eqn.primitive.name == "pallas_call":
+            total += math.prod(eqn.params["grid_mapping"].grid) * flops(eqn.params["jaxpr"])
         elif eqn.primitive.name == "cond":
             total += max(flops(b) for b in eqn.params["branches"])
         else:
