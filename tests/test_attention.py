@@ -1,6 +1,10 @@
 """The attention kernel, run on CPUs by Pallas's interpreter, against plain products; and when it is taken."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -88,38 +92,65 @@ def calls(f, *arguments) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "length", "options", "dtype"),
+    ("kernels", "rows", "length", "options", "dtype"),
     [
-        (1, 300, {}, jnp.bfloat16),
-        (1, 300, {"windows": (0, 300)}, jnp.bfloat16),  # sees all keys
-        (1, 300, {"attn_softcap": 50.0}, jnp.bfloat16),
-        (0, 300, {"windows": (0, 299)}, jnp.bfloat16),
-        (0, 255, {}, jnp.bfloat16),
-        (0, 8193, {}, jnp.bfloat16),
-        (0, 300, {}, jnp.float32),
+        (1, 47, 300, {}, jnp.bfloat16),
+        (0, 46, 300, {}, jnp.bfloat16),  # 66 MB of scores; 64 MiB are 67
+        (1, 64, 300, {"windows": (0, 300)}, jnp.bfloat16),  # sees all keys
+        (1, 64, 300, {"attn_softcap": 50.0}, jnp.bfloat16),
+        (0, 64, 300, {"windows": (0, 299)}, jnp.bfloat16),
+        (0, 99, 255, {}, jnp.bfloat16),
+        (0, 1, 8193, {}, jnp.bfloat16),
+        (0, 64, 300, {}, jnp.float32),
     ],
 )
-def test_tpus_take_the_kernel_where_it_fits(monkeypatch, kernels, length, options, dtype):
+def test_tpus_take_the_kernel_where_it_fits(monkeypatch, kernels, rows, length, options, dtype):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     attend = partial(attention.attention, architecture(**options))
-    shapes = [jax.ShapeDtypeStruct((B, length, n, K), dtype) for n in (H, G, G)]
-    seen = jax.ShapeDtypeStruct((B, length, length), jnp.bool_)
+    shapes = [jax.ShapeDtypeStruct((rows, length, n, K), dtype) for n in (H, G, G)]
+    seen = jax.ShapeDtypeStruct((rows, length, length), jnp.bool_)
     assert calls(attend, *shapes, seen) == 0  # on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert calls(attend, *shapes, seen) == kernels
-    picked = jax.ShapeDtypeStruct((B, length - 1, H, K), dtype)
-    assert calls(attend, picked, *shapes[1:], jax.ShapeDtypeStruct((B, length - 1, length), jnp.bool_)) == 0
+    picked = jax.ShapeDtypeStruct((rows, length - 1, H, K), dtype)
+    assert calls(attend, picked, *shapes[1:], jax.ShapeDtypeStruct((rows, length - 1, length), jnp.bool_)) == 0
     monkeypatch.setattr(jax, "device_count", lambda: 2)  # and no mesh says how arrays lie on them
     assert calls(attend, *shapes, seen) == 0
 
 
 def test_a_mesh_divides_rows_and_heads_or_there_is_no_kernel():
     arch = architecture()
-    shapes = [jax.ShapeDtypeStruct((4, 300, n, K), jnp.bfloat16) for n in (H, G, G)]
-    for data, fsdp, tensor, fits in ((2, 2, 2, True), (4, 2, 1, False), (1, 1, 4, False)):
+    cases = [(2, 2, 2, 376, True), (2, 2, 2, 372, False), (4, 2, 1, 500, False), (1, 1, 4, 500, False)]
+    for data, fsdp, tensor, rows, fits in cases:
+        shapes = [jax.ShapeDtypeStruct((rows, 300, n, K), jnp.bfloat16) for n in (H, G)]
         mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
         with jax.sharding.use_abstract_mesh(mesh):
-            assert splash.fits(arch, *shapes[:2]) == fits  # pyright: ignore[reportArgumentType]
+            assert splash.fits(arch, *shapes) == fits  # pyright: ignore[reportArgumentType]
+
+
+# Devices of a process are fixed at its start.
+DIVIDED = """
+from functools import partial
+import jax, numpy as np
+import test_attention as t
+from jaxrlhf import attention, config, sharding, splash
+kernel = partial(splash.attention, t.architecture(), "kept", interpret=True)
+inputs = [np.concatenate([x, x[::-1]]) for x in t.inputs(300)]
+mask_BT = np.concatenate([t.texts(300)] * 2)
+with jax.set_mesh(sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))):
+    found = t.gradients(kernel, *inputs, mask_BT)
+wanted = t.gradients(partial(attention.plain, t.architecture()), *inputs, mask_BT)
+real = mask_BT > 0
+for a, b in zip([found[0][real], *found[1]], [wanted[0][real], *wanted[1]], strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+"""
+
+
+def test_rows_and_heads_divided_over_eight_devices_give_the_same():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run([sys.executable, "-c", DIVIDED], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_flops_of_a_kernel_are_those_of_plain_products_blocks_left_out_or_not():
