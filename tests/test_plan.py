@@ -10,7 +10,7 @@ import math
 import jax
 import pytest
 
-from jaxrlhf import model, plan, plan_search, roofline, splash
+from jaxrlhf import model, plan, plan_search, roofline
 from jaxrlhf.config import Experiment, Mesh, Model, Sft
 from jaxrlhf.main import main
 from jaxrlhf.plan_search import Trial
@@ -127,19 +127,6 @@ def test_data_parallel_steps_add_up_gradients_and_gather_nothing(capsys):
     assert "all-gather" not in sft["traffic"]["sent"]
     whole, _ = trained_bytes()
     assert sft["traffic"]["sent"]["all-reduce"] == pytest.approx(2 * whole * 3 / 4, rel=0.1)
-
-
-@pytest.mark.slow
-@compiles
-def test_the_attention_kernel_moves_and_holds_less(capsys, monkeypatch):
-    """On a mesh that divides rows and heads; as it is compiled where no chip is, so are its gradients."""
-    flags = ["--stages=sft", "--config.sft.batch_size=256", "--config.mesh.data=2", "--config.mesh.tensor=2"]
-    flags += [f"--config.model.{x}" for x in ("dtype=bfloat16", "prompt_length=530", "response_length=70")]
-    kernel = planned(capsys, *flags)["sft"]
-    monkeypatch.setattr(splash, "fits", lambda *x: False)
-    plain = planned(capsys, *flags)["sft"]
-    assert kernel["traffic"]["hbm"] < 0.8 * plain["traffic"]["hbm"]
-    assert kernel["parts"]["working"] < plain["parts"]["working"]
 
 
 @pytest.mark.slow
