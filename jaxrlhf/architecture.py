@@ -46,6 +46,11 @@ class Architecture:
     remat: str = "none"  # one of `model.REMAT`
 
     @property
+    def query_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return (self.query_scalar or self.head_width) ** -0.5
+
+    @property
     def token_width(self) -> int:
         """The width of token embeddings and of the output head."""
         return self.embed_width or self.width

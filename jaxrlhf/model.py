@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxrlhf import attention
 from jaxrlhf.architecture import FAMILIES as FAMILIES
 from jaxrlhf.architecture import Architecture
 from jaxrlhf.types import Frozen, Params, Top
@@ -25,8 +26,6 @@ from jaxrlhf.types import Frozen, Params, Top
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Pick = Callable[[jax.Array], jax.Array]  # of [B, T, ...], the positions [B, Q, ...] that are asked for
 Tree = TypeVar("Tree")
-MASKED = -1e30  # finite, so that a row with every key masked (left padding) stays finite
-
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -40,7 +39,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 REMAT: dict[str, Callable[..., Any]] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(attention.KEPT)
+    ),
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -147,53 +148,6 @@ def rotate(x_BTHK: jax.Array, position_BT: jax.Array, frequency_K: jax.Array) ->
     return jnp.concatenate([turned, x_BTHK[..., 2 * half :]], -1) if 2 * half < x_BTHK.shape[-1] else turned
 
 
-def scaled(arch: Architecture, score: jax.Array) -> jax.Array:
-    """Dot products of queries and keys as the softmax takes them."""
-    score = score * (arch.query_scalar or arch.head_width) ** -0.5
-    return softcap(score, arch.attn_softcap)
-
-
-def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """Values squashed into (-cap, cap); 0 = as they are."""
-    return cap * jnp.tanh(x / cap) if cap else x
-
-
-def attention(
-    arch: Architecture, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
-    """Scaled dot-product attention with grouped queries; softmax in f32. Returns [B, T, H, K].
-
-    As many queries as keys are a whole sequence, of which none looks ahead, whatever the mask says: they are taken some
-    at a time, with the keys up to the last of them.
-    """
-    B, T, H, K = q_BTHK.shape
-    S, G = k_BSGK.shape[1:3]
-    # Heads before positions: the products are then over whole matrices, which CPUs take twice as fast.
-    q_BGQTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    k_BGSK, v_BGSK = k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
-    parts = []
-    for start, stop in _parts(T) if T == S else [(0, T)]:
-        keys = stop if T == S else S
-        mask_BTS1 = mask_BTS[:, None, None, start:stop, :keys]
-        parts.append(_attend(arch, q_BGQTK[..., start:stop, :], k_BGSK[:, :, :keys], v_BGSK[:, :, :keys], mask_BTS1))
-    return jnp.concatenate(parts, 3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
-
-
-def _parts(length: int) -> list[tuple[int, int]]:
-    """A sequence in four parts or fewer, of a multiple of 64 positions each but for the last."""
-    size = 64 * -(-length // 256)
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _attend(arch: Architecture, q_BGQTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask: jax.Array) -> jax.Array:
-    score = scaled(arch, jnp.einsum("bgqtk,bgsk->bgqts", q_BGQTK, k_BGSK, preferred_element_type=jnp.float32))
-    score = jnp.where(mask, score, MASKED)
-    weight = jnp.exp(score - jax.lax.stop_gradient(score.max(-1, keepdims=True)))
-    # Divided last: K numbers a query instead of S.
-    out = jnp.einsum("bgqts,bgsk->bgqtk", weight.astype(v_BGSK.dtype), v_BGSK, preferred_element_type=jnp.float32)
-    return (out / weight.sum(-1, keepdims=True)).astype(v_BGSK.dtype)
-
-
 def positions(mask_BT: jax.Array) -> jax.Array:
     """How many tokens of its text come before each token, so that padding changes nothing; int32 [B, T], 0 on it."""
     return jnp.where(mask_BT > 0, causal(mask_BT).sum(-1, dtype=jnp.int32) - 1, 0)
@@ -251,7 +205,7 @@ def run_blocks(
         seen_BTS = pick(mask_BTS if window is None else mask_BTS & (distance_BTS < window))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            return attention(arch, q, k, v, seen_BTS), (k, v) if keep else None
+            return attention.attention(arch, q, k, v, seen_BTS), (k, v) if keep else None
 
         return Block(arch).apply({"params": block}, h, position_BT, attend, pick)  # pyright: ignore[reportReturnType]
 
@@ -346,7 +300,7 @@ def logits(arch: Architecture, frozen: Frozen, top: Top, final_BTD: jax.Array) -
     if arch.embed_width:
         final_BTD = final_BTD @ cast(arch, holder.embed["project_out"])
     logits_BTV = jnp.einsum("...d,vd->...v", final_BTD, cast(arch, table_VD), preferred_element_type=jnp.float32)
-    return softcap(logits_BTV, arch.final_softcap)
+    return attention.softcap(logits_BTV, arch.final_softcap)
 
 
 def init(arch: Architecture, key: jax.Array) -> Params:
@@ -361,7 +315,7 @@ def init(arch: Architecture, key: jax.Array) -> Params:
     mask_BTS = jnp.ones((1, 1, 1), jnp.bool_)
 
     def one(key: jax.Array) -> Params:
-        attend: Attend = lambda q, k, v: (attention(arch, q, k, v, mask_BTS), None)  # noqa: E731
+        attend: Attend = lambda q, k, v: (attention.attention(arch, q, k, v, mask_BTS), None)  # noqa: E731
         return _near_identity(dict(Block(arch).init(key, h_BTD, position_BT, attend)["params"]))
 
     scale = arch.width**-0.5

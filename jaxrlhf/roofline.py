@@ -43,7 +43,8 @@ def flops(jaxpr: Any) -> float:
     """FLOPs of all matrix products in a traced function: two for each multiply-add, loops as often as they run.
 
     What is computed again for gradients counts again. A `while` counts as if it ran to the bound in its condition; one
-    that counts on where another stopped, not at all, as the other counts as if it had not stopped.
+    that counts on where another stopped, not at all, as the other counts as if it had not stopped. A kernel counts as
+    if it left out none of its blocks.
 
     Raises:
       ValueError: a `while` whose condition compares with no constant.
@@ -62,6 +63,10 @@ def flops(jaxpr: Any) -> float:
                 bound, counter = _bound(eqn)
                 total += 0 if any(counter is x for x in counted) else bound * body
                 counted += eqn.outvars
+        elif eqn.primitive.name == "shard_map":  # one device's share
+            total += eqn.params["mesh"].size * flops(eqn.params["jaxpr"])
+        elif eqn.primitive.name == "pallas_call":
+            total += math.prod(eqn.params["grid_mapping"].grid) * flops(eqn.params["jaxpr"])
         elif eqn.primitive.name == "cond":
             total += max(flops(b) for b in eqn.params["branches"])
         else:

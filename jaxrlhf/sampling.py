@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import model
+from jaxrlhf import attention, model
 from jaxrlhf.parts import in_parts
 from jaxrlhf.types import Frozen, Sample, Top
 
@@ -71,18 +71,18 @@ def warp(logits_MV: jax.Array, gen: Generation) -> jax.Array:
     """
     if gen.temperature == 0:
         greedy_MV = jax.nn.one_hot(logits_MV.argmax(-1), logits_MV.shape[-1], dtype=jnp.bool_)
-        return jnp.where(greedy_MV, 0.0, model.MASKED)
+        return jnp.where(greedy_MV, 0.0, attention.MASKED)
     logits_MV = logits_MV.astype(jnp.float32) / gen.temperature
     if 0 < gen.top_k < logits_MV.shape[-1]:
         kth_M1 = jax.lax.top_k(logits_MV, gen.top_k)[0][:, -1:]
-        logits_MV = jnp.where(logits_MV >= kth_M1, logits_MV, model.MASKED)
+        logits_MV = jnp.where(logits_MV >= kth_M1, logits_MV, attention.MASKED)
     if gen.top_p < 1:
         sorted_MV = -jnp.sort(-logits_MV, axis=-1)
         probability_MV = jax.nn.softmax(sorted_MV, axis=-1)
         mass_before_MV = jnp.cumsum(probability_MV, axis=-1) - probability_MV
         kept_MV = mass_before_MV < gen.top_p
         least_M1 = jnp.min(jnp.where(kept_MV, sorted_MV, jnp.inf), axis=-1, keepdims=True)
-        logits_MV = jnp.where(logits_MV >= least_M1, logits_MV, model.MASKED)
+        logits_MV = jnp.where(logits_MV >= least_M1, logits_MV, attention.MASKED)
     return logits_MV
 
 
@@ -272,10 +272,10 @@ def _attend(arch, window, prompts, shared, own, step, q_M1HK, k_M1GK, v_M1GK):
     v_MGRK = jax.lax.dynamic_update_slice_in_dim(own[1], v_M1GK.swapaxes(1, 2), step, axis=2)
     q_BGXK = q_M1HK.reshape(B, N, G, Q, K).swapaxes(1, 2).reshape(B, G, N * Q, K)
     prefix_BGXP = jnp.einsum("bgxk,bgpk->bgxp", q_BGXK, shared[0], preferred_element_type=jnp.float32)
-    prefix_BGXP = jnp.where(seen_BP[:, None, None], model.scaled(arch, prefix_BGXP), model.MASKED)
+    prefix_BGXP = jnp.where(seen_BP[:, None, None], attention.scaled(arch, prefix_BGXP), attention.MASKED)
     prefix_MGQP = prefix_BGXP.reshape(B, G, N, Q, P).swapaxes(1, 2).reshape(M, G, Q, P)
     suffix_MGQR = jnp.einsum("mgqk,mgrk->mgqr", q_M1HK.reshape(M, G, Q, K), k_MGRK, preferred_element_type=jnp.float32)
-    suffix_MGQR = jnp.where(seen_R, model.scaled(arch, suffix_MGQR), model.MASKED)
+    suffix_MGQR = jnp.where(seen_R, attention.scaled(arch, suffix_MGQR), attention.MASKED)
     weight = jax.nn.softmax(jnp.concatenate([prefix_MGQP, suffix_MGQR], -1), axis=-1).astype(v_MGRK.dtype)
     weight_BGXP = weight[..., :P].reshape(B, N, G, Q, P).swapaxes(1, 2).reshape(B, G, N * Q, P)
     out_BGXK = jnp.einsum("bgxp,bgpk->bgxk", weight_BGXP, shared[1])

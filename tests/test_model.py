@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import model
+from jaxrlhf import attention, model
 from jaxrlhf.split import join, split, tree_hash
 
 FAMILIES = tuple(model.FAMILIES)
@@ -219,8 +219,8 @@ def test_picked_positions_have_the_states_and_gradients_of_whole_sequences(famil
 
 
 def test_soft_caps_by_hand():
-    assert np.allclose(model.softcap(jnp.asarray([-1e9, 0.0, 1.5]), 3.0), [-3, 0, 3 * np.tanh(0.5)])
-    assert model.softcap(1e9, 0.0) == 1e9  # pyright: ignore
+    assert np.allclose(attention.softcap(jnp.asarray([-1e9, 0.0, 1.5]), 3.0), [-3, 0, 3 * np.tanh(0.5)])
+    assert attention.softcap(1e9, 0.0) == 1e9  # pyright: ignore
 
 
 def test_attention_against_loops():
@@ -229,7 +229,7 @@ def test_attention_against_loops():
     q, k, v = (rng.normal(size=(B, S, n, K)).astype(np.float32) for n in (H, G, G))
     mask_BT = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]], np.float32)
     arch = architecture("gemma2", query_scalar=5, attn_softcap=0.7)
-    out_BTHK = np.asarray(model.attention(arch, q, k, v, model.causal(jnp.asarray(mask_BT))))  # pyright: ignore
+    out_BTHK = np.asarray(attention.attention(arch, q, k, v, model.causal(jnp.asarray(mask_BT))))  # pyright: ignore
     for b in range(B):
         for t in np.flatnonzero(mask_BT[b]):
             seen = [s for s in range(t + 1) if mask_BT[b, s]]
@@ -257,8 +257,8 @@ def test_attention_in_parts_is_that_of_the_whole_matrix(length):
     def valued(f):
         return jax.jit(jax.value_and_grad(lambda *x: (jnp.where(real_BT11, f(*x), 0) * weight).sum(), (0, 1, 2)))
 
-    found, wanted = valued(lambda *x: model.attention(arch, *x, seen_BTS))(q, k, v), valued(whole)(q, k, v)
-    assert len(model._parts(length)) == {64: 1, 150: 3, 300: 3}[length]
+    found, wanted = valued(lambda *x: attention.attention(arch, *x, seen_BTS))(q, k, v), valued(whole)(q, k, v)
+    assert len(attention._parts(length)) == {64: 1, 150: 3, 300: 3}[length]
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxrlhf import model, sampling
+from jaxrlhf import attention, model, sampling
 from jaxrlhf.sampling import Generation, sample, warp
 from jaxrlhf.split import split
 
@@ -157,7 +157,7 @@ def test_draws_by_hand():
     """Nine words lie in three blocks of three; masses .1 .2 .05 | 0 .25 .1 | .1 .15 .05, so blocks .35 .35 .30."""
     p_V = np.array([0.1, 0.2, 0.05, 0, 0.25, 0.1, 0.1, 0.15, 0.05], np.float32)
     uniform_M2 = [(0, 0), (0.34, 0.3), (0.34, 0.99), (0.36, 0), (0.69, 0.72), (0.71, 0.32), (0.9999999, 0.9999999)]
-    logits_MV = jnp.tile(jnp.where(p_V > 0, jnp.log(p_V), model.MASKED) + 7, (7, 1))
+    logits_MV = jnp.tile(jnp.where(p_V > 0, jnp.log(p_V), attention.MASKED) + 7, (7, 1))
     token_M, logp_M = sampling.draw(logits_MV, jnp.asarray(uniform_M2, jnp.float32))
     assert token_M.tolist() == [0, 1, 2, 4, 5, 6, 8]
     assert np.allclose(np.exp(logp_M), p_V[np.asarray(token_M)], rtol=1e-5)
@@ -166,7 +166,7 @@ def test_draws_by_hand():
 @pytest.mark.parametrize("V", [7, 64, 1009])
 def test_draws_have_the_probabilities_of_the_softmax_and_leave_out_what_has_none(V):
     logits_V = np.random.default_rng(V).normal(0, 2, V).astype(np.float32)
-    logits_V[::3] = model.MASKED
+    logits_V[::3] = attention.MASKED
     n = 40_000
     uniform_M2 = jax.random.uniform(jax.random.key(1), (n, 2))
     token_M, logp_M = map(np.asarray, sampling.draw(jnp.tile(logits_V, (n, 1)), uniform_M2))
