@@ -218,4 +218,4 @@ def base_params(run: Run) -> Params:
         raise UserError(
             f"config.model does not fit the base {name!r}; keep its sizes, or make one: --config.pretrain.init=scratch"
         )
-    return jax.tree.map(jnp.asarray, params)
+    return params
