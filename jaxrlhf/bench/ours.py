@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf import experiment, model, optim, ppo, reward, roofline, sampling, sft, sharding
 from jaxrlhf.bench import floor
@@ -166,12 +167,13 @@ def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
         held[0], _ = ppo.update(arch, tx, c, held[0], fixed, rollout, key)
         _done(held[0])
 
-    drawn = jax.eval_shape(lambda state: sampling.sample(*drawing(state)), held[0])
-    scoring = ppo.score.trace(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, drawn)
-    rollout = scoring.out_info[0]
-    updating = ppo.update.trace(arch, tx, c, held[0], fixed, rollout, key)
-    traced = sampling.sample.trace(*drawing(held[0])), scoring, updating
-    return sum(roofline.flops(t.jaxpr) for t in traced), once
+    # Shapes that lie on the mesh, as the arrays will: else the first step would trace all of it once more.
+    here = NamedSharding(_mesh(work), PartitionSpec())
+    lying = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)  # noqa: E731
+    sampled = sampling.sample.trace(*drawing(held[0]))
+    scored = ppo.score.trace(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, lying(sampled.out_info))
+    updated = ppo.update.trace(arch, tx, c, held[0], fixed, lying(scored.out_info[0]), key)
+    return sum(roofline.flops(t.jaxpr) for t in (sampled, scored, updated)), once
 
 
 def _done(tree: Any) -> None:
