@@ -7,10 +7,9 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import hosts, names, policies, rollouts, scoring, sharding
+from jaxrlhf import hosts, names, policies, rollouts, scoring
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import write_json, write_records
@@ -50,7 +49,7 @@ def sample(run: Run) -> None:
 
 
 def _respond(
-    run: Run, stage: str, top: Top, scored_by: policies.Score, records: Sequence, samples: int, index: int
+    run: Run, stage: str, top: Top, scored_by: policies.SomeScores, records: Sequence, samples: int, index: int
 ) -> policies.Responses:
     split = list(run.task.splits)[index]
     return policies.respond(
@@ -65,15 +64,13 @@ def _respond(
     )
 
 
-def _with_log_ratio(run: Run, scored_by: policies.Score, top: Top, ref: Top) -> policies.Score:
-    """Beside each response's score, its log-probability less SFT's. [B * N, 2]."""
+def _with_log_ratio(run: Run, scored_by: policies.Score, top: Top, ref: Top) -> policies.SomeScores:
+    """Beside each response's score, its log-probability less SFT's."""
 
-    def both(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
-        token_MT = jnp.concatenate([jnp.repeat(prompts.tokens_BP, samples, 0), drawn.tokens_BR], 1)
-        mask_MT = jnp.concatenate([jnp.repeat(prompts.mask_BP, samples, 0), drawn.mask_BR], 1)
-        R, temperature = drawn.tokens_BR.shape[1], run.config.sampling.temperature
-        ratio_M = rollouts.log_ratio(run.arch, run.base[0], top, ref, token_MT, mask_MT, R, temperature)
-        return np.stack([scored_by(prompts, drawn, samples), sharding.to_host(ratio_M)], -1)
+    def both(prompts: PromptBatch, drawn: Sample, samples: int) -> list[policies.Scores]:
+        rows, R = policies.joined(prompts, drawn, samples), drawn.tokens_BR.shape[1]
+        ratio_M = rollouts.log_ratio(run.arch, run.base[0], top, ref, *rows, R, run.config.sampling.temperature)
+        return [scored_by(prompts, drawn, samples), ratio_M]
 
     return both
 

@@ -16,7 +16,7 @@ from jaxrlhf.config import Dpo
 from jaxrlhf.data import batches
 from jaxrlhf.evaluation.statistics import mean_estimate
 from jaxrlhf.experiment import Run
-from jaxrlhf.types import CHOSEN, REJECTED, Frozen, PairBatch, Top, TrainState
+from jaxrlhf.types import CHOSEN, REJECTED, Frozen, PairBatch, SftBatch, Top, TrainState
 
 
 def token_logp(
@@ -82,12 +82,16 @@ def _log_ratio(arch, frozen, ref, top, batch) -> jax.Array:
 
 def implicit_rewards(run: Run, ref: Top, top: Top, records: Sequence, field: str) -> np.ndarray:
     """[N] beta * (logp - ref_logp) of the responses that records have in `field`, cut to fit as training cuts them."""
-    size, found = run.config.sampling.batch_size, [np.zeros(0, np.float32)]
+    size = run.config.sampling.batch_size
     examples = [r | {"response": r[field], "response_finished": r.get(f"{field}_finished", "1")} for r in records]
-    for batch, valid in batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths):
-        placed = sharding.shard_batch(batch, run.mesh)
-        found.append(sharding.to_host(_log_ratio(run.arch, run.base[0], ref, top, placed))[:valid])
-    return run.config.dpo.beta * np.concatenate(found)
+
+    def launch(given: tuple[SftBatch, int]) -> tuple[jax.Array, int]:
+        batch, valid = given
+        return _log_ratio(run.arch, run.base[0], ref, top, sharding.shard_batch(batch, run.mesh)), valid
+
+    each = batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths)
+    found = [sharding.to_host(ratio_B)[:valid] for ratio_B, valid in sharding.ahead(launch, each)]
+    return run.config.dpo.beta * np.concatenate([np.zeros(0, np.float32), *found])
 
 
 def dpo(run: Run) -> None:

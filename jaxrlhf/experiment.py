@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf import checkpoint, hosts, model, sharding, weights
 from jaxrlhf.claim import bound
@@ -130,7 +131,7 @@ class Run:
     def head(self) -> ScalarHead:
         """A read-out of zeros, on the mesh."""
         return sharding.place(
-            ScalarHead(w_D=jnp.zeros((self.arch.width,), jnp.float32), b=jnp.zeros((), jnp.float32)), self.mesh
+            ScalarHead(w_D=jnp.asarray(np.zeros(self.arch.width, np.float32)), b=jnp.asarray(np.float32(0))), self.mesh
         )
 
     def load(self, stage: str, like: Any) -> Any:
@@ -218,4 +219,4 @@ def base_params(run: Run) -> Params:
         raise UserError(
             f"config.model does not fit the base {name!r}; keep its sizes, or make one: --config.pretrain.init=scratch"
         )
-    return jax.tree.map(jnp.asarray, params)
+    return params

@@ -65,23 +65,25 @@ def run(
             done, last = i + 1, i + 1 == loop.steps
             stop = reached(done)
             logged, saved = last or done % loop.log_every == 0, last or stop or done % loop.save_every == 0
+            evaluated = evaluate if last or (logged and loop.eval_every and done % loop.eval_every == 0) else None
             unread.append((done, metrics))
-            # Where nothing else waits for a step, its counts are read a step late: the device need not wait for us.
-            for at, seen in unread if logged or saved else unread[:-1]:
+            # Where nothing else waits for a step, it is read when the next one is under way: the device need not wait.
+            due = unread if saved or evaluated else unread[:-1]
+            for at, seen in due:
                 values = _left_out(stage, title, at, seen, skipped, ids)
                 skipped = int(seen["skipped"])
-                if at == done and logged:
+                if at == loop.steps or at % loop.log_every == 0:
                     values = {f"{stage}/{k}": float(v) for k, v in seen.items() if k != "in_a_row"} | values
-                    if evaluate and (last or (loop.eval_every and done % loop.eval_every == 0)):
-                        values |= {f"{stage}/{k}": float(v) for k, v in evaluate(state).items()}
-                    log.timing(done, time.monotonic() - marked, done - marked_at)
-                    marked, marked_at = time.monotonic(), done
+                    if at == done and evaluated:
+                        values |= {f"{stage}/{k}": float(v) for k, v in evaluated(state).items()}
+                    log.timing(at, time.monotonic() - marked, at - marked_at)
+                    marked, marked_at = time.monotonic(), at
                     bar.set_postfix(_brief(stage, values), refresh=False)
                 if values:
                     log.metrics(at, values)
                 if int(seen["in_a_row"]) >= optim.IN_A_ROW:
                     raise Failure(_hopeless(stage, at, directory))
-            unread = [] if logged or saved else unread[-1:]
+            unread = unread[len(due) :]
             if saved:
                 if remote:
                     remote.send()  # before the checkpoint: a resumed run has the metrics up to it

@@ -45,8 +45,13 @@ def new_state(
     tx: optax.GradientTransformation, params: Any, mesh: Mesh, kl_coef: jax.Array | None = None
 ) -> TrainState:
     """Step 0 of a stage that trains `params`; the state owns its arrays, since steps donate it."""
-    # The trained tree's paths end alike in Adam's moments, so one table of rules serves both.
-    return sharding.place(fresh(tx, jax.tree.map(jnp.copy, params), kl_coef), mesh)
+
+    def make(params: Any, kl_coef: jax.Array | None) -> TrainState:
+        return fresh(tx, jax.tree.map(jnp.copy, params), kl_coef)
+
+    # One program, not one a shape. The trained tree's paths end alike in Adam's moments, so one table serves both.
+    where = sharding.layout(jax.eval_shape(make, params, kl_coef), mesh)
+    return jax.jit(make, out_shardings=where)(params, kl_coef)
 
 
 def fresh(tx: optax.GradientTransformation, params: Any, kl_coef: jax.Array | None = None) -> TrainState:

@@ -15,8 +15,10 @@ from jaxrlhf.experiment import Run
 from jaxrlhf.logs import progress
 from jaxrlhf.types import CHOSEN, REJECTED, Ensemble, Frozen, PromptBatch, Sample, Scorer, Top
 
-# Scores [B * N] of a batch of prompts' N responses each, as drawn; or [B * N, E], several of each.
-Score = Callable[[PromptBatch, Sample, int], np.ndarray]
+Scores = jax.Array | np.ndarray
+# Scores [B * N] of a batch of prompts' N responses each, as drawn, perhaps still under way; and one or several such.
+Score = Callable[[PromptBatch, Sample, int], Scores]
+SomeScores = Callable[[PromptBatch, Sample, int], Scores | Sequence[Scores]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def respond(
     samples: int,
     key: jax.Array,
     generation: sampling.Generation,
-    scored_by: Score | None = None,
+    scored_by: SomeScores | None = None,
     title: str = "",
 ) -> Responses:
     """Samples every record's prompt `samples` times, and scores the responses where a reward model is given."""
@@ -97,30 +99,54 @@ def respond(
     prompt_batches = batches.eval_prompt_batches(
         records, run.task.tokenizer, batch_size=batch_size, prompt_length=run.config.model.prompt_length
     )
-    for i, (batch, valid) in enumerate(prompt_batches):
+
+    def draw(numbered: tuple[int, tuple[PromptBatch, int]]) -> tuple[PromptBatch, int, Sample]:
+        i, (batch, valid) = numbered
         batch = sharding.shard_batch(batch, run.mesh)
         drawn = sampling.sample(
             run.arch, generation, frozen, top, batch.tokens_BP, batch.mask_BP, jax.random.fold_in(key, i), samples
         )
-        rows = valid * samples
+        return batch, valid, drawn
+
+    for batch, valid, drawn in sharding.ahead(draw, enumerate(prompt_batches)):
         if scored_by is not None:
-            scored = scored_by(batch, drawn, samples)[:rows]
-            scores.append(scored.reshape(-1, samples, *scored.shape[1:]))
-        decoded = decode(run, drawn.tokens_BR, drawn.mask_BR)[:rows]
-        texts += [decoded[j : j + samples] for j in range(0, rows, samples)]
-        finished.append(sharding.to_host(drawn.finished_B)[:rows].reshape(-1, samples))
+            scores.append((scored_by(batch, drawn, samples), valid))
+        decoded = decode(run, drawn.tokens_BR, drawn.mask_BR)[: valid * samples]
+        texts += [decoded[j : j + samples] for j in range(0, len(decoded), samples)]
+        finished.append(sharding.to_host(drawn.finished_B)[: valid * samples].reshape(-1, samples))
         bar.update(valid)
     bar.close()
-    return Responses(texts, np.concatenate(finished), np.concatenate(scores) if scores else None)
+    # Read last, as each comes after the next batch's samples.
+    found = [_read(scored)[: valid * samples] for scored, valid in scores]
+    scores_BN = np.concatenate([x.reshape(-1, samples, *x.shape[1:]) for x in found]) if found else None
+    return Responses(texts, np.concatenate(finished), scores_BN)
+
+
+def _read(scored: Scores | Sequence[Scores]) -> np.ndarray:
+    if isinstance(scored, jax.Array | np.ndarray):
+        return sharding.to_host(scored)
+    return np.stack([sharding.to_host(x) for x in scored], -1)
+
+
+@jax.jit(static_argnames=("samples",))
+def joined(prompts: PromptBatch, drawn: Sample, samples: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens and mask [B * N, T] of each response after its prompt."""
+    prompts = repeated(prompts, samples)
+    tokens_MT = jnp.concatenate([prompts.tokens_BP, drawn.tokens_BR], 1)
+    return tokens_MT, jnp.concatenate([prompts.mask_BP, drawn.mask_BR], 1)
+
+
+@jax.jit(static_argnames=("samples",))
+def repeated(prompts: PromptBatch, samples: int) -> PromptBatch:
+    """Each prompt as often as it has responses."""
+    return jax.tree.map(lambda x: jnp.repeat(x, samples, 0), prompts)
 
 
 def on_trunk(run: Run, scorer: Scorer | Ensemble) -> Score:
     """Scores by a reward model that shares the policy's trunk."""
 
-    def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> np.ndarray:
-        token_MT = jnp.concatenate([jnp.repeat(prompts.tokens_BP, samples, 0), drawn.tokens_BR], 1)
-        mask_MT = jnp.concatenate([jnp.repeat(prompts.mask_BP, samples, 0), drawn.mask_BR], 1)
-        return sharding.to_host(score(run.arch, run.base[0], scorer, token_MT, mask_MT))
+    def score_drawn(prompts: PromptBatch, drawn: Sample, samples: int) -> jax.Array:
+        return score(run.arch, run.base[0], scorer, *joined(prompts, drawn, samples))
 
     return score_drawn
 

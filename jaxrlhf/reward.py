@@ -165,7 +165,7 @@ def normalisation(run: Run, reward: scoring.Reward) -> dict[str, Any]:
         samples=c.samples_per_prompt,
         key=run.key("normalise"),
         generation=policies.uncut(run, run.config.reward.temperature),
-        scored_by=lambda *asked: np.stack([score(*asked) for score in scorers], -1),
+        scored_by=lambda *asked: [score(*asked) for score in scorers],
         title="normalise",
     )
     assert drawn.scores_BN is not None

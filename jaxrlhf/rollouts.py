@@ -247,7 +247,7 @@ def train(
         asked = batch.tokens_BP, batch.mask_BP, draw_key, samples
         drawn = sampling.sample(run.arch, gen, frozen, top, *asked, keep_trunk=True)
         given_B = None if held.elsewhere is None else jnp.asarray(held.elsewhere(batch, drawn, samples))
-        batch = jax.tree.map(lambda x: jnp.repeat(x, samples, 0), batch) if samples > 1 else batch
+        batch = policies.repeated(batch, samples) if samples > 1 else batch
         state, metrics = learn(state, batch, drawn, given_B, update_key)
         logged = (i + 1) % c.loop.log_every == 0 or i + 1 == c.loop.steps
         return state, metrics | (_gold(run, batch, drawn) if logged else {})

@@ -20,7 +20,7 @@ from jaxrlhf.data import batches, task, tokens
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import UserError, read_json
 from jaxrlhf.split import split
-from jaxrlhf.types import Ensemble, Frozen, PromptBatch, Sample, ScalarHead, Scorer
+from jaxrlhf.types import Ensemble, Frozen, PromptBatch, Sample, ScalarHead, Scorer, SftBatch
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,19 @@ def of_responses(run: Run, reward: Reward, records: Sequence, field: str) -> np.
     """Scores [N] of the responses that records have in `field`, cut to fit as training cuts them."""
     size = run.config.sampling.batch_size
     examples = [r | {"response": r[field], "response_finished": r.get(f"{field}_finished", "1")} for r in records]
-    scores = [np.zeros(0, np.float32)]
-    for batch, valid in batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths):
-        if not isinstance(reward, RewardModel):
-            placed = sharding.shard_batch(batch, run.mesh)
-            found = policies.score(run.arch, run.base[0], reward, placed.tokens_BT, placed.mask_BT)
-        else:
+
+    def launch(given: tuple[SftBatch, int]) -> tuple[policies.Scores, int]:
+        batch, valid = given
+        if isinstance(reward, RewardModel):
             responses = np.asarray(batch.weight_BT) > 0
             asked, answered = (_rows(batch.tokens_BT, batch.mask_BT * w) for w in (~responses, responses))
-            found = score_ids(reward, run.task.tokenizer, asked, answered, size)
-        scores.append(sharding.to_host(found)[:valid] if isinstance(found, jax.Array) else found[:valid])
-    return np.concatenate(scores)
+            return score_ids(reward, run.task.tokenizer, asked, answered, size), valid
+        placed = sharding.shard_batch(batch, run.mesh)
+        return policies.score(run.arch, run.base[0], reward, placed.tokens_BT, placed.mask_BT), valid
+
+    each = batches.eval_sft_batches(examples, run.task.tokenizer, batch_size=size, **run.lengths)
+    found = [sharding.to_host(scored)[:valid] for scored, valid in sharding.ahead(launch, each)]
+    return np.concatenate([np.zeros(0, np.float32), *found])
 
 
 def sha256(directory: Path) -> str:
@@ -204,14 +206,15 @@ def _score(reward: RewardModel, rows: Sequence[Sequence[int]], batch_size: int) 
         raise UserError(f"text {row + 1} has {longest} tokens; the reward model reads {reward.arch.max_positions}")
     width = _bucket(longest)
     width = min(width, reward.arch.max_positions) if reward.arch.positions == "learned" else width
-    scores = []
-    for start in range(0, len(rows), batch_size):
+
+    def launch(start: int) -> tuple[jax.Array, int]:
         some = [list(r) for r in rows[start : start + batch_size]]
         whole = some + [some[0]] * (batch_size - len(some))  # one shape to compile
         token_BT, mask_BT = batches.pad(whole, width, reward.tokenizer.pad_id)  # each host has all of them
-        found_B = policies.score(reward.arch, reward.frozen, reward.scorer, token_BT, mask_BT)
-        scores.append(sharding.to_host(found_B)[: len(some)])
-    return np.concatenate(scores) if scores else np.zeros(0, np.float32)
+        return policies.score(reward.arch, reward.frozen, reward.scorer, token_BT, mask_BT), len(some)
+
+    found = sharding.ahead(launch, range(0, len(rows), batch_size))
+    return np.concatenate([np.zeros(0, np.float32), *(sharding.to_host(score_B)[:n] for score_B, n in found)])
 
 
 def _bucket(longest: int) -> int:

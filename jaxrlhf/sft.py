@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrlhf import head, loop, model, optim, sharding
@@ -74,11 +75,11 @@ def train(
     held_out = list(batches.eval_sft_batches(validation, run.task.tokenizer, batch_size=c.batch_size, **run.lengths))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        nats = tokens = 0.0
-        for batch, _ in held_out:
-            metrics = _evaluate(run.arch, frozen, state.params, sharding.shard_batch(batch, run.mesh))
-            nats, tokens = nats + float(metrics["loss"] * metrics["tokens"]), tokens + float(metrics["tokens"])
-        return {"validation_loss": nats / tokens}
+        def launch(given: tuple[SftBatch, int]) -> dict[str, jax.Array]:
+            return _evaluate(run.arch, frozen, state.params, sharding.shard_batch(given[0], run.mesh))
+
+        found = [(np.asarray(m["loss"]), np.asarray(m["tokens"])) for m in sharding.ahead(launch, held_out)]
+        return {"validation_loss": sum(float(nats * n) for nats, n in found) / sum(float(n) for _, n in found)}
 
     tx = optim.optimizer(c.optim, c.loop.steps)
     state = loop.run(

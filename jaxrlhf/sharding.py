@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from jaxrlhf.data.batches import Batches
 
 Tree = TypeVar("Tree")
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 # First match wins; a leaf that matches nothing is an error. Blocks carry a leading layer axis.
 RULES: tuple[tuple[str, P], ...] = (
@@ -115,6 +117,19 @@ def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def ahead(launch: Callable[[Given], Found], each: Iterable[Given]) -> Iterator[Found]:
+    """What `launch` gives for each, in order, the next one launched before: the device works while the host reads.
+
+    Hosts that launch and read alike have their collectives in one order.
+    """
+    before: list[Found] = []
+    for given in each:
+        now = launch(given)
+        yield from before
+        before = [now]
+    yield from before
 
 
 def check_divides(key: str, size: int, mesh: DeviceMesh, parts: int = 1) -> None:

@@ -11,7 +11,7 @@ import jax
 from jaxrlhf import checks, collect, dpo, groups, hosts, hub, ppo, reward, scoring, sft
 from jaxrlhf.config import Experiment
 from jaxrlhf.data import task
-from jaxrlhf.evaluation import report, results
+from jaxrlhf.evaluation import results
 from jaxrlhf.experiment import Run
 from jaxrlhf.files import read_json, writes
 from jaxrlhf.logs import say
@@ -105,5 +105,7 @@ def _report(kept: Workdir, title: str, due: bool) -> None:
     page = kept.local / "report" / "index.html"
     if not due and page.exists():
         return say(f"{title}: complete; see {kept.named(page)}")
+    from jaxrlhf.evaluation import report  # it takes half a second, and no stage before has a use for it
+
     say(f"{title}: drawing")
     print(kept.named(report.write_report(kept.local)))

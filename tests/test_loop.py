@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -43,12 +44,12 @@ def step(state: TrainState, i: int):
     return state, {"loss": value} | optim.left_out(state)
 
 
-def run(directory, step=step, meta=None, evaluate=None):
+def run(directory, step=step, meta=None, evaluate=None, settings=LOOP):
     return loop.run(
         stage="toy",
         title="toy",
         directory=directory,
-        loop=LOOP,
+        loop=settings,
         state=start(),
         meta=meta or {"frozen": "a"},
         step=step,
@@ -76,6 +77,42 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, killed_at):
     lines = [(tmp_path / d / "metrics.jsonl").read_text() for d in ("whole", "killed")]
     assert lines[0] == lines[1]
     assert [json.loads(line)["step"] for line in lines[0].splitlines()] == [2, 4, 6, 8, 9]
+
+
+class Watched:
+    """A metric that notes when it is read."""
+
+    def __init__(self, value, name, seen):
+        self.value, self.name, self.seen = value, name, seen
+
+    def __float__(self):
+        self.seen.append(self.name)
+        return float(self.value)
+
+
+def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path):
+    """Steps 2, 4, 6, 8, 9 are logged, 3, 6, 9 saved, 4, 8, 9 evaluated: what nothing waits for is read a step late."""
+    seen = []
+
+    def watched(state, i):
+        state, metrics = step(state, i)
+        seen.append(f"step {i + 1}")
+        return state, metrics | {"loss": Watched(metrics["loss"], f"read {i + 1}", seen)}
+
+    def evaluate(state):
+        seen.append(f"evaluate {int(state.step)}")
+        return {"x": 0.5}
+
+    run(tmp_path, watched, evaluate=evaluate, settings=replace(LOOP, eval_every=4))
+    assert ", ".join(seen) == (
+        "step 1, step 2, step 3, read 2, step 4, read 4, evaluate 4, step 5, step 6, read 6, "
+        "step 7, step 8, read 8, evaluate 8, step 9, read 9, evaluate 9"
+    )
+    assert [(line["step"], "toy/x" in line) for line in lines_of(tmp_path)] == [
+        (2, False), (4, True), (6, False), (8, True), (9, True),
+    ]  # fmt: skip
+    timings = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timings] == [2, 4, 6, 8, 9]
 
 
 def test_a_finished_stage_does_no_more_steps(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf import experiment, model, optim, ppo, reward, roofline, sampling, sft, sharding
 from jaxrlhf.bench import floor
@@ -40,8 +41,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    frozen, top = split(
-        jax.jit(model.init, static_argnums=0)(arch, jax.random.key(0)), work.experiment.model.freeze_layers
+    frozen, top = jax.jit(lambda key: split(model.init(arch, key), work.experiment.model.freeze_layers))(
+        jax.random.key(0)
     )
     frozen, top = sharding.place(frozen, mesh), sharding.place(top, mesh)
     with jax.set_mesh(mesh):
@@ -150,7 +151,8 @@ def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
     c = work.experiment.ppo
     prompts = _prompts(c.batch_size, work, arch)
     gen = sampling.Generation(work.experiment.model.response_length, c.temperature, eos_id=NO_TOKEN)
-    fixed = Fixed(frozen=frozen, ref=top, scorer=Scorer(top=jax.tree.map(jnp.copy, top), head=_head(arch, 2)))
+    copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(top)
+    fixed = Fixed(frozen=frozen, ref=top, scorer=Scorer(top=copied, head=_head(arch, 2)))
     tx = optim.optimizer(c.optim, 1000)
     start = ActorCritic(top=top, value=_head(arch, 3))
     held = [optim.new_state(tx, start, _mesh(work), kl_coef=jnp.float32(c.kl_coef))]
@@ -165,12 +167,13 @@ def _ppo(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
         held[0], _ = ppo.update(arch, tx, c, held[0], fixed, rollout, key)
         _done(held[0])
 
-    drawn = jax.eval_shape(lambda state: sampling.sample(*drawing(state)), held[0])
-    scoring = ppo.score.trace(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, drawn)
-    rollout = scoring.out_info[0]
-    updating = ppo.update.trace(arch, tx, c, held[0], fixed, rollout, key)
-    traced = sampling.sample.trace(*drawing(held[0])), scoring, updating
-    return sum(roofline.flops(t.jaxpr) for t in traced), once
+    # Shapes that lie on the mesh, as the arrays will: else the first step would trace all of it once more.
+    here = NamedSharding(_mesh(work), PartitionSpec())
+    lying = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)  # noqa: E731
+    sampled = sampling.sample.trace(*drawing(held[0]))
+    scored = ppo.score.trace(arch, c, fixed, held[0].params, held[0].kl_coef, prompts, lying(sampled.out_info))
+    updated = ppo.update.trace(arch, tx, c, held[0], fixed, lying(scored.out_info[0]), key)
+    return sum(roofline.flops(t.jaxpr) for t in (sampled, scored, updated)), once
 
 
 def _done(tree: Any) -> None:
@@ -182,8 +185,8 @@ def _mesh(work: Work) -> Any:
 
 
 def _head(arch: model.Architecture, seed: int) -> ScalarHead:
-    w_D = jax.random.normal(jax.random.key(seed), (arch.width,), jnp.float32) * arch.width**-0.5
-    return ScalarHead(w_D=w_D, b=jnp.zeros((), jnp.float32))
+    w_D = np.random.default_rng(seed).normal(0, arch.width**-0.5, arch.width).astype(np.float32)
+    return ScalarHead(w_D=jnp.asarray(w_D), b=jnp.asarray(np.float32(0)))
 
 
 def _tokens(shape: tuple[int, int], arch: model.Architecture) -> jax.Array:
@@ -196,7 +199,9 @@ def _prompts(count: int, work: Work, arch: model.Architecture) -> PromptBatch:
     real_B = np.random.default_rng(1).integers(P // 2, P + 1, count)
     mask_BP = (np.arange(P) >= P - real_B[:, None]).astype(np.float32)
     batch = PromptBatch(
-        tokens_BP=_tokens((count, P), arch), mask_BP=jnp.asarray(mask_BP), index_B=jnp.arange(count, dtype=jnp.int32)
+        tokens_BP=_tokens((count, P), arch),
+        mask_BP=jnp.asarray(mask_BP),
+        index_B=jnp.asarray(np.arange(count, dtype=np.int32)),
     )
     return sharding.shard_batch(batch, _mesh(work))
 

@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import tensorflow_datasets as tfds
 
-from jaxrlhf.data import world
+from jaxrlhf.data import kept, world
 from jaxrlhf.files import Failure, UserError, read_text, write_text, writes
 
 Record = Mapping[str, str]
@@ -87,8 +87,12 @@ class Texts(Sequence[dict[str, str]]):
         return {name: value.decode("utf-8") for name, value in record.items()}
 
 
-def prepare(make: Callable[[str], Records], folder: Path, fingerprint: str) -> dict[str, Texts]:
+def prepare(
+    make: Callable[[str], Records], folder: Path, fingerprint: str, elsewhere: Path | None = None
+) -> dict[str, Texts]:
     """The splits of a builder in `folder`, made anew unless what is there has this fingerprint and is whole.
+
+    What is made anew is a copy of what is kept `elsewhere`, see `kept`, or is kept there from now on.
 
     Raises:
       UserError: a split has no record, or a record lacks a field; nothing is left that a later call would take up.
@@ -98,7 +102,10 @@ def prepare(make: Callable[[str], Records], folder: Path, fingerprint: str) -> d
         if not writes():
             raise Failure(f"{folder}: this host does not see yet what host 0 wrote there; the same command goes on")
         shutil.rmtree(folder, ignore_errors=True)
-        _quietly(lambda: make(str(folder)).download_and_prepare(download_config=_LOCAL))
+        if elsewhere is None or not kept.take(elsewhere, folder):
+            _quietly(lambda: make(str(folder)).download_and_prepare(download_config=_LOCAL))
+            if elsewhere is not None:
+                kept.keep(folder, elsewhere)
         write_text(done, fingerprint)
     builder: Any = make(str(folder))
     return {name: Texts(builder.as_data_source(split=name)) for name in builder._splits}

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 import jaxrlhf
 from jaxrlhf import hub
 from jaxrlhf.config import Experiment
-from jaxrlhf.data import builders, instructions, selection, tokens, world
+from jaxrlhf.data import builders, instructions, kept, selection, tokens, world, world_words
 from jaxrlhf.files import read_text, whole_folder, write_json, write_text
 
 Records = Sequence[dict[str, str]]
@@ -53,10 +54,12 @@ def _world(config: Experiment, workdir: Path) -> Task:
         "ppo": c.ppo_prompts,
         "evaluation": c.evaluation_prompts,
     }
+    mark = fingerprint(config, sizes)
     splits = builders.prepare(
         lambda folder: builders.World(seed=config.seed, sizes=sizes, data_dir=folder),
         workdir / "data" / "world",
-        fingerprint(config, sizes),
+        mark,
+        kept.place(f"{mark} {tfds.__version__}", (builders, world, world_words)),
     )
     tokenizer = _imported_tokenizer(config, workdir)
     if tokenizer is None:
