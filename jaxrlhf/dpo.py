@@ -43,10 +43,14 @@ def loss(
 
     def sides(policy: Top) -> tuple[jax.Array, jax.Array]:
         logp_BT = token_logp(arch, frozen, policy, *rows)
-        chosen_B, rejected_B = (losses.sequence_logp(logp_BT, batch.mask_BT == side) for side in (CHOSEN, REJECTED))
-        return chosen_B, rejected_B
+        number_N1 = jnp.arange(1, 1 + batch.ends_BN2.shape[1])[:, None]
+        chosen_BN, rejected_BN = (
+            losses.sequence_logp(logp_BT[:, None], batch.mask_BT[:, None] == number_N1 + side)
+            for side in (CHOSEN, REJECTED)
+        )
+        return chosen_BN, rejected_BN
 
-    return losses.dpo_loss(*sides(top), *jax.lax.stop_gradient(sides(ref)), c.beta, c.loss)
+    return losses.dpo_loss(*sides(top), *jax.lax.stop_gradient(sides(ref)), batch.pair_BN, c.beta, c.loss)
 
 
 @partial(jax.jit, static_argnames=("arch", "tx", "c"), donate_argnames=("state",))
@@ -61,11 +65,11 @@ def step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on TOP, the batch in `c.optim.accumulate` micro-batches."""
     value, metrics, grads = optim.gradients(
-        lambda top, pairs: loss(arch, c, frozen, ref, top, pairs),
+        lambda top, rows: loss(arch, c, frozen, ref, top, rows),
         state.params,
         batch,
         c.optim.accumulate,
-        lambda _: jnp.float32(1),
+        lambda rows: rows.pair_BN.sum(),
     )
     state, norm = optim.update(tx, value, grads, state)
     state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,7 +104,12 @@ def dpo(run: Run) -> None:
     pairs = reward.preferences(run)
     reward.check_pairs(run, pairs)
     train_batches = batches.pair_batches(
-        pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=run.seed("dpo"), **run.lengths
+        pairs["train"],
+        run.task.tokenizer,
+        batch_size=c.batch_size,
+        seeds=[run.seed("dpo")],
+        ways=sharding.ways(run.mesh) * c.optim.accumulate,
+        **run.lengths,
     )
     tx = optim.optimizer(c.optim, c.loop.steps)
     frozen, ref = run.base[0], run.policy("sft")

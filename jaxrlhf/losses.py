@@ -49,12 +49,16 @@ def token_logp(logits_BRV: jax.Array, target_BR: jax.Array, temperature: float =
     return jnp.take_along_axis(logp_BRV, target_BR[..., None], -1)[..., 0], entropy_BR
 
 
-def reward_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Mean of -log sigmoid(chosen - rejected) (Stiennon et al. 2020, s. 3.4); ties count half in the accuracy."""
-    margin_B = chosen_B.astype(jnp.float32) - rejected_B.astype(jnp.float32)
-    loss = -jax.nn.log_sigmoid(margin_B).mean()
-    accuracy = jnp.where(margin_B == 0, 0.5, (margin_B > 0).astype(jnp.float32)).mean()
-    return loss, {"loss": loss, "accuracy": accuracy, "margin": margin_B.mean()}
+def reward_loss(chosen_BN: jax.Array, rejected_BN: jax.Array, mask_BN: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Mean of -log sigmoid(chosen - rejected) over pairs (Stiennon et al. 2020, s. 3.4), for any shape.
+
+    Ties count half in the accuracy.
+    """
+    margin_BN = _real(chosen_BN, mask_BN) - _real(rejected_BN, mask_BN)
+    right_BN = jnp.where(margin_BN == 0, 0.5, margin_BN > 0)
+    found = {"loss": -jax.nn.log_sigmoid(margin_BN), "accuracy": right_BN, "margin": margin_BN}
+    metrics = {name: masked_mean(x_BN, mask_BN) for name, x_BN in found.items()}
+    return metrics["loss"], metrics
 
 
 def combine_scores(score_EB: jax.Array, how: str, uncertainty_coef: float) -> jax.Array:
@@ -74,15 +78,16 @@ def combine_scores(score_EB: jax.Array, how: str, uncertainty_coef: float) -> ja
 
 
 def sequence_logp(logp_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Log-probability of each row's real tokens together, in nats: f32 [B]."""
+    """Log-probability of the last axis' real tokens together, in nats: f32 of the rest."""
     return _real(logp_BT, mask_BT).sum(-1)
 
 
 def dpo_loss(
-    chosen_B: jax.Array,
-    rejected_B: jax.Array,
-    ref_chosen_B: jax.Array,
-    ref_rejected_B: jax.Array,
+    chosen_BN: jax.Array,
+    rejected_BN: jax.Array,
+    ref_chosen_BN: jax.Array,
+    ref_rejected_BN: jax.Array,
+    mask_BN: jax.Array,
     beta: float,
     kind: str,
 ) -> tuple[jax.Array, Metrics]:
@@ -93,13 +98,14 @@ def dpo_loss(
     Azar et al. 2023, eq. 17. Log-probabilities are sums over tokens, as there, not means. `margin` is r_chosen -
     r_rejected; ties count half in the accuracy. Any other kind is a ValueError.
     """
-    won_B = chosen_B.astype(jnp.float32) - ref_chosen_B.astype(jnp.float32)
-    lost_B = rejected_B.astype(jnp.float32) - ref_rejected_B.astype(jnp.float32)
-    sigmoid, metrics = reward_loss(beta * won_B, beta * lost_B)
-    losses = {"sigmoid": sigmoid, "ipo": ((won_B - lost_B - 0.5 / beta) ** 2).mean()}
+    won_BN = _real(chosen_BN, mask_BN) - _real(ref_chosen_BN, mask_BN)
+    lost_BN = _real(rejected_BN, mask_BN) - _real(ref_rejected_BN, mask_BN)
+    sigmoid, metrics = reward_loss(beta * won_BN, beta * lost_BN, mask_BN)
+    losses = {"sigmoid": sigmoid, "ipo": masked_mean((won_BN - lost_BN - 0.5 / beta) ** 2, mask_BN)}
     if kind not in losses:
         raise ValueError(f"unknown DPO loss {kind!r}; known are sigmoid, ipo")
-    rewards = {"chosen_reward": beta * won_B.mean(), "rejected_reward": beta * lost_B.mean()}
+    rewards = {"chosen_reward": beta * masked_mean(won_BN, mask_BN)}
+    rewards["rejected_reward"] = beta * masked_mean(lost_BN, mask_BN)
     return losses[kind], metrics | rewards | {"loss": losses[kind]}
 
 

@@ -206,7 +206,12 @@ def _dpo(base: _Base) -> Iterator[Row]:
 
 def _pairs(base: _Base, pairs: int) -> PairBatch:
     shape = (pairs, _length(base) + base.config.model.response_length)
-    return PairBatch(*(_array(base, shape, d) for d in (jnp.int32, jnp.float32)))
+    return PairBatch(
+        tokens_BT=_array(base, shape, jnp.int32),
+        mask_BT=_array(base, shape, jnp.float32),
+        ends_BN2=_array(base, (pairs, 1, 2), jnp.int32),
+        pair_BN=_array(base, (pairs, 1), jnp.float32),
+    )
 
 
 def _ppo(base: _Base) -> Iterator[Row]:

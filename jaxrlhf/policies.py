@@ -13,7 +13,7 @@ from jaxrlhf import losses, model, sampling, sharding
 from jaxrlhf.data import batches
 from jaxrlhf.experiment import Run
 from jaxrlhf.logs import progress
-from jaxrlhf.types import CHOSEN, REJECTED, Ensemble, Frozen, PromptBatch, Sample, Scorer, Top
+from jaxrlhf.types import Ensemble, Frozen, PairBatch, PromptBatch, Sample, Scorer, Top
 
 Scores = jax.Array | np.ndarray
 # Scores [B * N] of a batch of prompts' N responses each, as drawn, perhaps still under way; and one or several such.
@@ -54,12 +54,10 @@ def read_out(
     return read_at(arch, scorer, token_BT, hidden_BTD, mask_BT, last_B1)[:, 0]
 
 
-def read_pairs(
-    arch: model.Architecture, scorer: Scorer, token_BT: jax.Array, hidden_BTD: jax.Array, mask_BT: jax.Array
-) -> jax.Array:
-    """Scores [B, 2] of the chosen and the rejected responses of a `PairBatch`, from the trunk's hidden states."""
-    ends_B2 = jnp.stack([_last((mask_BT == 1) | (mask_BT == side)) for side in (CHOSEN, REJECTED)], 1)
-    return read_at(arch, scorer, token_BT, hidden_BTD, mask_BT, ends_B2)
+def read_pairs(arch: model.Architecture, scorer: Scorer, batch: PairBatch, hidden_BTD: jax.Array) -> jax.Array:
+    """Scores [B, N, 2] of the chosen and the rejected responses, from the trunk's hidden states."""
+    at_BQ = batch.ends_BN2.reshape(len(batch.ends_BN2), -1)
+    return read_at(arch, scorer, batch.tokens_BT, hidden_BTD, batch.mask_BT, at_BQ).reshape(batch.ends_BN2.shape)
 
 
 def _last(mask_BT: jax.Array) -> jax.Array:

@@ -29,14 +29,17 @@ def loss(
 
     An ensemble's batch is those of its members, one after the other. Metrics are means over members.
     """
-    rows = batch.tokens_BT, model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT), batch.mask_BT
+    hidden_BTD = model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT)
     if isinstance(scorer, Scorer):
-        return losses.reward_loss(*policies.read_pairs(arch, scorer, *rows).T)
-    E = scorer.members.head.b.shape[0]
-    own = (x.reshape(E, -1, *x.shape[1:]) for x in rows)
-    score_EB2 = jax.vmap(partial(policies.read_pairs, arch))(scorer.members, *own)
-    loss_E, metrics = jax.vmap(losses.reward_loss)(*jnp.moveaxis(score_EB2, -1, 0))
-    return loss_E.sum(), jax.tree.map(jnp.mean, metrics)
+        E, score_BN2 = 1, policies.read_pairs(arch, scorer, batch, hidden_BTD)
+    else:
+        E = scorer.members.head.b.shape[0]
+        own = jax.tree.map(lambda x: x.reshape(E, -1, *x.shape[1:]), (batch, hidden_BTD))
+        score_EBN2 = jax.vmap(partial(policies.read_pairs, arch))(scorer.members, *own)
+        score_BN2 = score_EBN2.reshape(batch.ends_BN2.shape)
+    # Of micro-batches' pairs some may have more of one member than of another: all count alike.
+    value, metrics = losses.reward_loss(score_BN2[..., 0], score_BN2[..., 1], batch.pair_BN)
+    return E * value, metrics
 
 
 @partial(jax.jit, static_argnames=("arch", "tx", "parts"), donate_argnames=("state",))
@@ -50,7 +53,11 @@ def step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the reward model's top and head, the batch in `parts` micro-batches."""
     value, metrics, grads = optim.gradients(
-        lambda scorer, pairs: loss(arch, frozen, scorer, pairs), state.params, batch, parts, lambda _: jnp.float32(1)
+        lambda scorer, rows: loss(arch, frozen, scorer, rows),
+        state.params,
+        batch,
+        parts,
+        lambda rows: rows.pair_BN.sum(),
     )
     state, norm = optim.update(tx, value, grads, state)
     state = state.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,11 +72,13 @@ def reward(run: Run) -> None:
     pairs = preferences(run)
     check_pairs(run, pairs)
     seeds = [run.seed("reward"), *(run.seed(f"reward {e}") for e in range(1, c.ensemble))]
-    streams = batches.Joined(
-        [
-            batches.pair_batches(pairs["train"], run.task.tokenizer, batch_size=c.batch_size, seed=seed, **run.lengths)
-            for seed in seeds
-        ]
+    train_batches = batches.pair_batches(
+        pairs["train"],
+        run.task.tokenizer,
+        batch_size=c.batch_size,
+        seeds=seeds,
+        ways=sharding.ways(run.mesh) * c.optim.accumulate,
+        **run.lengths,
     )
     ids = [batches.ids(pairs["train"], batch_size=c.batch_size, seed=seed) for seed in seeds]
     tx = optim.optimizer(c.optim, c.loop.steps)
@@ -84,7 +93,7 @@ def reward(run: Run) -> None:
         state=optim.new_state(tx, _start(run), run.mesh),
         meta=run.meta("reward"),
         step=lambda state, i: step(
-            run.arch, tx, state, frozen, sharding.shard_step(streams, i, run.mesh), c.optim.accumulate
+            run.arch, tx, state, frozen, sharding.shard_step(train_batches, i, run.mesh), c.optim.accumulate
         ),
         ids=lambda i: [name for member in ids for name in member[i]],
         evaluate=lambda state: {

@@ -69,7 +69,7 @@ def train(
         batch_size=c.batch_size,
         prompt_weight=prompt_weight,
         seed=run.seed(stage),
-        ways=run.mesh.shape["data"] * run.mesh.shape["fsdp"] * c.optim.accumulate,
+        ways=sharding.ways(run.mesh) * c.optim.accumulate,
         **run.lengths,
     )
     held_out = list(batches.eval_sft_batches(validation, run.task.tokenizer, batch_size=c.batch_size, **run.lengths))

@@ -87,6 +87,11 @@ def rows(mesh: DeviceMesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def ways(mesh: DeviceMesh) -> int:
+    """Over how many devices rows are divided."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def shard_batch(tree: Tree, mesh: DeviceMesh) -> Tree:
     """Puts a batch that every process has whole on the mesh, its leading axis divided over data x fsdp."""
     where = rows(mesh)
@@ -134,10 +139,10 @@ def ahead(launch: Callable[[Given], Found], each: Iterable[Given]) -> Iterator[F
 
 def check_divides(key: str, size: int, mesh: DeviceMesh, parts: int = 1) -> None:
     """`UserError` if a batch, or each of its `parts`, does not divide over the mesh; names key and sizes that would."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    ways = devices * parts
-    if size % ways:
-        lower = size // ways * ways
-        near = f"{lower} or {lower + ways}" if lower else f"{ways}"
+    devices = ways(mesh)
+    step = devices * parts
+    if size % step:
+        lower = size // step * step
+        near = f"{lower} or {lower + step}" if lower else f"{step}"
         times = f" x optim.accumulate = {parts}" if parts > 1 else ""
         raise UserError(f"{key}={size} does not divide over data x fsdp = {devices} devices{times}; {near} would")

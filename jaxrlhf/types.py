@@ -8,7 +8,7 @@ import jax
 from flax import struct
 
 Params = dict[str, Any]
-CHOSEN, REJECTED = 1.25, 1.5  # tokens of a pair's responses in `PairBatch.mask_BT`
+CHOSEN, REJECTED = 0.25, 0.5  # what a pair's responses add to its number in `PairBatch.mask_BT`
 
 
 @struct.dataclass
@@ -22,10 +22,12 @@ class SftBatch:
 
 @struct.dataclass
 class PairBatch:
-    """A pair a row: the prompt once, the chosen response, the rejected one; these do not see each other."""
+    """Up to N pairs a row, each the prompt once, the chosen response, the rejected one; these do not see each other."""
 
     tokens_BT: jax.Array  # int32, padded on the right
-    mask_BT: jax.Array  # f32: 1 = the prompt's, CHOSEN, REJECTED, 0 = padding, as `model.causal` has it
+    mask_BT: jax.Array  # f32, of pair n = 1, 2, ...: n, n + CHOSEN, n + REJECTED; 0 = padding: see `model.causal`
+    ends_BN2: jax.Array  # int32, where the last tokens of chosen and rejected responses stand
+    pair_BN: jax.Array  # f32, 1 = there is such a pair
 
 
 @struct.dataclass

@@ -28,8 +28,8 @@ ARCH = model.Architecture(
 )
 # A large epsilon, so that rounding in a gradient that should be 0 stays rounding in Adam's step.
 TX = optim.optimizer(Optim(lr=0.01, eps=1e-3), 8)
-# A prompt of 2 tokens, a chosen response of 5, and what a row has left.
-PAIR_T = np.repeat(np.float32([1, CHOSEN, REJECTED]), (2, 5, 5))
+# A prompt of 2 tokens, a chosen response of 2, a rejected one of 1; and a pair of 2, 2 and what a row has left.
+PAIR_T = np.repeat(np.float32([1, 1 + CHOSEN, 1 + REJECTED, 2, 2 + CHOSEN, 2 + REJECTED]), (2, 2, 1, 2, 2, 3))
 PPO = Ppo(batch_size=16, epochs=2, minibatches=2, kl_target=2.0, entropy_coef=0.01)
 # Without an entropy's gradient the head is read in lots; a minibatch of 4 rows has none for some of 8 devices.
 PLAIN = Ppo(batch_size=16, epochs=1, minibatches=4)
@@ -45,6 +45,15 @@ def rows(seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     token_BT = rng.integers(2, 48, (16, 12)).astype(np.int32)
     return token_BT, (np.arange(12) < rng.integers(4, 13, (16, 1))).astype(np.float32)
+
+
+def pairs() -> PairBatch:
+    """Two pairs a row where its mask reaches the second's rejected response, else one."""
+    token_BT, mask_BT = rows(1)
+    length_B = mask_BT.sum(1).astype(np.int32)
+    ends_BN2 = np.stack([np.tile([3, 4], (16, 1)), np.stack([np.full(16, 8), length_B - 1], 1)], 1)
+    pair_BN = np.stack([length_B > 4, length_B > 9], 1).astype(np.float32)
+    return PairBatch(token_BT, mask_BT * PAIR_T, ends_BN2.astype(np.int32), pair_BN)
 
 
 def held(tree) -> float:
@@ -84,9 +93,7 @@ def steps(mesh: jax.sharding.Mesh, folder: Path, name: str) -> None:
     found |= named("sft of all", (metrics, state.params))
 
     state = optim.new_state(TX, Scorer(top=top, head=head), mesh)
-    state, metrics = reward.step(
-        ARCH, TX, state, frozen, sharding.shard_batch(PairBatch(token_BT, mask_BT * PAIR_T), mesh)
-    )
+    state, metrics = reward.step(ARCH, TX, state, frozen, sharding.shard_batch(pairs(), mesh))
     found |= named("reward", (metrics, state.params))
 
     token_BP, mask_BP = rows(2)

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import model, optim, reward, sft, sharding
+from jaxrlhf import model, optim, sft, sharding
 from jaxrlhf.config import Mesh, Optim
-from jaxrlhf.data import batches, tokens
 from jaxrlhf.files import UserError
 from jaxrlhf.split import split
-from jaxrlhf.types import CHOSEN, REJECTED, PairBatch, ScalarHead, Scorer, SftBatch
+from jaxrlhf.types import SftBatch
 
 ARCH = model.Architecture(
     vocab_size=48,
@@ -42,14 +41,6 @@ def sft_batch() -> SftBatch:
     return SftBatch(token_BT, mask_BT, weight_BT.at[4].set(0.0))
 
 
-def pair_batch() -> PairBatch:
-    """Prompts of 2 tokens, chosen responses of 1 to 6, and rejected ones to the row's end."""
-    token_BT, mask_BT = rows(6, seed=2)
-    chosen_B1 = np.random.default_rng(3).integers(1, 7, (6, 1))
-    sides_BT = np.where(np.arange(12) < 2 + chosen_B1, CHOSEN, REJECTED)
-    return PairBatch(token_BT, jnp.asarray(np.where(np.arange(12) < 2, 1, sides_BT) * mask_BT, jnp.float32))
-
-
 def near(found, wanted):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
@@ -68,32 +59,11 @@ def test_sft_in_parts_is_the_step_of_the_whole_batch():
     np.testing.assert_allclose(found[1]["tokens"], sft_batch().weight_BT[:, 1:].sum(), rtol=1e-6)
 
 
-def test_packed_texts_are_the_step_of_a_row_each():
-    """Eleven texts in a row each, and in as few rows as they fit into."""
-    words = tokens.word_tokenizer([chr(ord("a") + i) for i in range(26)])
-    rng = np.random.default_rng(4)
-    examples = [
-        {"prompt": " a b c d"[: 2 * n], "response": " x y z w v"[: 2 * m]} for n, m in rng.integers(1, 5, (11, 2))
-    ]
-    stream = batches.sft_batches(
-        examples, words, batch_size=11, prompt_length=12, response_length=9, prompt_weight=0.3, seed=0
-    )
-    alone = replace(stream, width=0)  # nothing fits beside another
-    assert stream[0].tokens_BT.shape[0] < 8
-    assert alone[0].tokens_BT.shape[0] == 11
-    near(*(after(sft.step, TOP, jax.tree.map(jnp.asarray, s[0]), 1) for s in (stream, alone)))
-
-
 def test_parts_count_by_their_tokens_not_alike():
     batch = sft_batch()
     loss = jax.jit(lambda b: sft.loss(ARCH, FROZEN, TOP, b)[0])
     whole, parts = loss(batch), [loss(jax.tree.map(lambda x, i=i: x[i::2], batch)) for i in range(2)]
     assert abs(float(sum(parts) / 2 - whole)) > 1e-3
-
-
-def test_pairs_stay_together_in_parts():
-    scorer = Scorer(top=TOP, head=ScalarHead(w_D=jnp.linspace(-0.1, 0.15, 32), b=jnp.float32(0.25)))
-    near(after(reward.step, scorer, pair_batch(), 2), after(reward.step, scorer, pair_batch(), 1))
 
 
 def test_a_batch_without_any_weight_has_no_gradient():

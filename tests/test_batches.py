@@ -1,10 +1,13 @@
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
 from jaxrlhf.data import batches, packing, tokens
+from jaxrlhf.types import CHOSEN, REJECTED
 
 # 0 <pad>, 1 <eos>, 2 <unk>, 3 newline, then a..z from 4
 LETTERS = tokens.word_tokenizer([chr(ord("a") + i) for i in range(26)])
@@ -38,9 +41,9 @@ def first_prompts(batch):
 def test_sft_rows_by_hand():
     rows, masks, weights = by_length(sft()[0], "tokens_BT", "mask_BT", "weight_BT")
     # " a b c d" loses its left end to fit 3; " e f a b" and its end-of-text lose the latter to fit 4
-    assert rows == [[A, B, C, EOS, 0, 0, 0], [B, C, D, E, F, A, B]]
-    assert masks == [[1, 1, 1, 1, 0, 0, 0], [1] * 7]
-    assert weights == [[0, 0.25, 1, 1, 0, 0, 0], [0, 0.25, 0.25, 1, 1, 1, 1]]
+    assert rows == [[A, B, C, EOS, 0, 0, 0, 0], [B, C, D, E, F, A, B, 0]]
+    assert masks == [[1, 1, 1, 1, 0, 0, 0, 0], [1] * 7 + [0]]
+    assert weights == [[0, 0.25, 1, 1, 0, 0, 0, 0], [0, 0.25, 0.25, 1, 1, 1, 1, 0]]
 
 
 def test_a_response_that_just_fits_keeps_its_end():
@@ -54,7 +57,7 @@ def test_the_bos_survives_the_cut():
 
     bos = dataclasses.replace(LETTERS, bos=(9,))
     rows = batches.sft_batches(EXAMPLES, bos, batch_size=2, prompt_weight=0, seed=0, **SIZES)[0]
-    assert by_length(rows, "tokens_BT") == [[[9, A, B, C, EOS, 0, 0], [9, C, D, E, F, A, B]]]
+    assert by_length(rows, "tokens_BT") == [[[9, A, B, C, EOS, 0, 0, 0], [9, C, D, E, F, A, B, 0]]]
     prompt, _ = next(batches.eval_prompt_batches([{"prompt": " a b c d"}], bos, batch_size=1, prompt_length=1))
     assert prompt.tokens_BP.tolist() == [[9]]
 
@@ -80,25 +83,59 @@ def test_types():
 
 def test_pair_rows_by_hand():
     pair = {"prompt": " a b", "chosen": " c", "rejected": " d e f a", "chosen_finished": "1", "rejected_finished": "0"}
-    batch = batches.pair_batches([pair], LETTERS, batch_size=1, seed=0, **SIZES)[0]
+    batch = batches.pair_batches([pair], LETTERS, batch_size=1, seeds=[0], **SIZES)[0]
     assert batch.tokens_BT.tolist() == [[A, B, C, EOS, D, E, F, A]]
     assert batch.mask_BT.tolist() == [[1, 1, 1.25, 1.25, 1.5, 1.5, 1.5, 1.5]]
+    assert (batch.ends_BN2.tolist(), batch.pair_BN.tolist()) == ([[[3, 7]]], [[1]])
     cut = pair | {"rejected": " d", "prompt": " f e d c b a"}
-    batch = batches.pair_batches([cut], LETTERS, batch_size=1, seed=0, **SIZES)[0]
+    batch = batches.pair_batches([cut], LETTERS, batch_size=1, seeds=[0], **SIZES)[0]
     assert batch.tokens_BT.tolist() == [[C, B, A, C, EOS, D, 0, 0]]
     assert batch.mask_BT.tolist() == [[1, 1, 1, 1.25, 1.25, 1.5, 0, 0]]
+    assert batch.ends_BN2.tolist() == [[[4, 5]]]
 
 
-def test_pairs_stay_together():
-    pairs = [
-        {"prompt": f" {x}", "chosen": " y", "rejected": " z", "chosen_finished": "1", "rejected_finished": "1"}
-        for x in "abcdefg"
-    ]
-    stream = batches.pair_batches(pairs, LETTERS, batch_size=3, seed=2, **SIZES)
-    for step in range(5):
-        tokens_BT = np.asarray(stream[step].tokens_BT)
-        y, z = LETTERS.encode(" y z")
-        assert tokens_BT[:, 1:].tolist() == [[y, EOS, z, EOS, 0, 0, 0]] * 3
+def test_packed_pairs_by_hand():
+    """An empty response ends where its prompt does."""
+    long = {"prompt": " a b c", "chosen": " d e f", "rejected": " d", "rejected_finished": "1"}
+    short = {"prompt": " f", "chosen": "", "rejected": " e", "chosen_finished": "0"}
+    stream = batches.pair_batches([long, short], LETTERS, batch_size=2, seeds=[0], **SIZES)
+    batch = with_shapes(stream, packing.Shape(1, 3, [8, 12, 16]))[0]
+    assert batch.tokens_BT.tolist() == [[A, B, C, D, E, F, EOS, D, EOS, F, E, EOS]]
+    assert batch.mask_BT.tolist() == [[1] * 3 + [1.25] * 4 + [1.5] * 2 + [2] + [2.5] * 2]
+    assert batch.ends_BN2.tolist() == [[[6, 8], [9, 11], [0, 0]]]
+    assert batch.pair_BN.tolist() == [[1, 1, 0]]
+
+
+def pairs_of(rows):
+    """Each pair of some rows: prompt, chosen and rejected tokens."""
+    found = []
+    for tokens_T, mask_T, ends_N2, pair_N in zip(*(getattr(rows, f.name) for f in fields(rows)), strict=True):
+        for n, (ends_2, there) in enumerate(zip(ends_N2, pair_N, strict=True), 1):
+            sides = [tokens_T[mask_T == n + side].tolist() for side in (0, CHOSEN, REJECTED)]
+            assert any(sides) == there
+            if there:
+                assert [tokens_T[end] for end in ends_2] == [(sides[0] + side)[-1] for side in sides[1:]]
+                found.append(sides)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("ways", [1, 3])
+def test_each_order_of_pairs_has_rows_of_its_own(ways):
+    """As many, of one width; and the pairs are those of the order alone, none of them in two rows."""
+    pairs = [r | {"chosen": r["response"], "rejected": " y" * (i % 3), "id": i} for i, r in enumerate(uneven())]
+    make = partial(batches.pair_batches, tokenizer=LETTERS, prompt_length=8, response_length=4)
+    both, shapes = make(pairs, batch_size=9, seeds=[2, 3], ways=ways), set()
+    for step in range(15):
+        batch = both[step]
+        rows = len(batch.tokens_BT) // 2
+        shapes.add(batch.tokens_BT.shape)
+        assert rows % ways == 0
+        for seed, start in ((2, 0), (3, rows)):
+            order = batches.ids(pairs, batch_size=9, seed=seed)[step]
+            alone = [make([pairs[i]], batch_size=1, seeds=[0])[0] for i in order]
+            own = jax.tree.map(lambda x, at=start, rows=rows: x[at : at + rows], batch)
+            assert pairs_of(own) == sorted(p for one in alone for p in pairs_of(one))
+    assert 1 < len(shapes) <= 5
 
 
 def test_prompts_are_padded_on_the_left():
@@ -119,18 +156,17 @@ def test_padding_is_the_tokenizers():
     assert found[0].tokens_BP.tolist() == [[2, 2, A], [2, A, B]]
 
 
-def test_rows_never_outgrow_the_model():
-    """Rows are as long as the longest of their set needs, and never longer than prompt and response may be."""
+def test_rows_are_as_long_as_the_longest_of_their_set_needs():
     long = [{"prompt": " a" * 50, "response": " b" * 50}]
-    assert sft(long, 1, prompt_length=13, response_length=9)[0].tokens_BT.shape == (1, 22)
-    assert sft(NUMBERED, 2, prompt_length=64, response_length=24)[0].tokens_BT.shape == (1, 8)
+    assert sft(long, 1, prompt_length=13, response_length=9)[0].tokens_BT.shape == (1, 24)
+    assert sft(NUMBERED, 1, prompt_length=64, response_length=24)[0].tokens_BT.shape == (1, 8)
 
 
 def test_empty_prompts_and_responses():
     batch = sft([{"prompt": "", "response": ""}, {"prompt": "", "response": " c"}])[0]
-    assert batch.tokens_BT.tolist() == [[C, EOS, EOS, 0, 0, 0, 0]]
-    assert batch.mask_BT.tolist() == [[1, 1, 2, 0, 0, 0, 0]]
-    assert batch.weight_BT.tolist() == [[0, 1, 0, 0, 0, 0, 0]]  # nothing stands before a first token
+    assert batch.tokens_BT.tolist() == [[C, EOS, EOS, 0, 0, 0, 0, 0]]
+    assert batch.mask_BT.tolist() == [[1, 1, 2, 0, 0, 0, 0, 0]]
+    assert batch.weight_BT.tolist() == [[0, 1, 0, 0, 0, 0, 0, 0]]  # nothing stands before a first token
 
 
 # ---- packing
@@ -162,33 +198,65 @@ def test_packed_rows_hold_each_text_whole_and_once(ways):
         alone = [sft([examples[i]], 1, **sizes)[0] for i in order[step]]
         assert texts_of(packed[step]) == sorted(t for batch in alone for t in texts_of(batch))
         rows = packed.parts(step)[0]
-        shapes.add(rows)
-        assert packed[step].tokens_BT.shape == (rows, 12)
+        shapes.add(packed[step].tokens_BT.shape)
         assert rows % ways == 0
-        assert rows < 10 or ways > 1
-    assert len(shapes) <= 3
+    assert min(rows * width for rows, width in shapes) < 10 * 12
+    assert len(shapes) <= 5
 
 
-def test_a_batch_that_outgrows_the_usual_rows_gets_more():
-    """Whatever is usual, no text is lost, and there are few numbers of rows to compile."""
-    packed = sft(uneven(), 16, seed=1, ways=2, prompt_length=8, response_length=4)
-    needed = {replace(packed, usual=n).parts(step)[0] for n in (2, 8) for step in range(20)}
-    assert len(needed) > 1
-    assert min(needed) <= packed.usual <= 16
-    for usual in (2, 8, 10):
-        tight = replace(packed, usual=usual)
-        assert all(len(texts_of(tight[step])) == 16 for step in range(20))
-        assert {tight.parts(step)[0] % 2 for step in range(20)} == {0}
+def with_shapes(packed, *shapes):
+    return replace(packed, shapes=shapes)
+
+
+def test_a_batch_gets_the_first_shape_that_it_fits():
+    """No text is lost, whatever the shape."""
+    packed = sft(uneven(), 16, seed=1, prompt_length=8, response_length=4)
+    total = [sum(len(t) for t, _ in texts_of(packed[step])) for step in range(20)]
+    found = with_shapes(packed, packing.Shape(1, 16, [90, 100]), packing.Shape(16, 1, [12]))
+    shapes = [(1, 90) if n <= 90 else (1, 100) if n <= 100 else (16, 12) for n in total]
+    assert len(set(shapes)) == 3
+    for step, shape in enumerate(shapes):
+        assert found[step].tokens_BT.shape == shape
+        assert texts_of(found[step]) == texts_of(packed[step])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_first_fit_fills_rows(seed):
+def test_texts_are_spread_over_rows_about_as_full(seed):
+    """At most 4/3 of the best, which is no less than the mean and the longest; and no row has more than its most."""
     lengths = np.random.default_rng(seed).integers(0, 21, 60).tolist()
-    rows = packing.first_fit(lengths, 20)
-    assert sorted(i for row in rows for i in row) == list(range(60))
-    assert max(sum(lengths[i] for i in row) for row in rows) <= 20
-    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 20) + 1
-    assert packing.first_fit([5, 3, 9, 9, 5], 10) == [[2], [3], [0, 4], [1]]
+    for rows in (1, 7, 20, 60):
+        placed = packing.spread(lengths, rows, 60)
+        assert sorted(i for row in placed for i in row) == list(range(60))
+        best = max(sum(lengths) / rows, *lengths)
+        assert max(sum(lengths[i] for i in row) for row in placed) <= 4 / 3 * best
+        assert max(len(row) for row in packing.spread(lengths, rows, -(-60 // rows))) == -(-60 // rows)
+    assert packing.spread([5, 3, 9, 8, 5], 2, 4) == [[2, 4], [3, 0, 1]]
+    assert packing.spread([9, 1, 1, 1], 2, 2) == [[0, 3], [1, 2]]
+
+
+def test_texts_of_one_length_have_a_row_each():
+    """As wide as they are: wider rows would cost more attention and save nothing."""
+    assert packing.shapes([40] * 9, 12, 1) == [(12, 1, [40] * 4), (12, 1, [40])]
+
+
+@pytest.mark.parametrize(("batch_size", "ways"), [(16, 1), (64, 1), (64, 8), (30, 15)])
+def test_little_of_uneven_batches_is_padding(batch_size, ways):
+    """Of texts as long as real ones are; a row each would have half as much again, or more."""
+    rng = np.random.default_rng(batch_size)
+    lengths = np.clip(rng.lognormal(4.6, 0.6, 2000), 1, 208).astype(int) + rng.integers(16, 49, 2000)
+    shapes, found = packing.shapes(lengths.tolist(), batch_size, ways), []
+    for _ in range(200):
+        batch = rng.choice(lengths, batch_size).tolist()
+        found.append(min(fits(batch, shape) for shape in shapes) / sum(batch))
+    assert {shape.rows % ways for shape in shapes} == {0}
+    assert np.mean(found) < 1.2
+    assert 256 / lengths.mean() > 1.5
+
+
+def fits(batch, shape):
+    """Positions that a batch takes in a shape."""
+    needed = max(sum(batch[i] for i in row) for row in packing.spread(batch, shape.rows, shape.most))
+    return shape.rows * min((w for w in shape.widths if w >= needed), default=np.inf)
 
 
 def test_what_is_cut_is_counted():
@@ -214,7 +282,8 @@ def test_the_same_seed_and_step_give_the_same_batch_in_any_order():
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 20])
 def test_each_epoch_visits_each_example_once(batch_size):
     """Seven examples, whether or not the batch divides them, or is larger than they are."""
-    stream, epochs = sft(NUMBERED, batch_size), 20
+    packed, epochs = sft(NUMBERED, batch_size), 20
+    stream = replace(packed, shapes=packed.shapes[-1:])  # a row each, in order
     seen = [t for step in range(-(-7 * epochs // batch_size)) for t in first_prompts(stream[step])]
     orders = [tuple(seen[7 * e : 7 * e + 7]) for e in range(epochs)]
     assert all(sorted(order) == list(range(4, 11)) for order in orders)

@@ -46,7 +46,8 @@ def test_the_least_of_a_block_by_hand():
 
 @pytest.mark.parametrize("freeze_layers", [0.8, 0.0])
 @pytest.mark.parametrize(
-    ("step", "uneven"), [("sample", False), ("sft", False), ("sft", True), ("reward", False), ("ppo", False)]
+    ("step", "uneven"),
+    [("sample", False), ("sft", False), ("sft", True), ("reward", False), ("reward", True), ("ppo", False)],
 )
 def test_programs_do_little_more_than_the_least(step, uneven, freeze_layers):
     """Within 15 % at the sizes that are measured; traced, not run. Packed rows are not quite full."""

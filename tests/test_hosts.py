@@ -200,8 +200,8 @@ def agreed(tmp_path_factory):
 
 
 def test_a_process_makes_the_rows_of_its_own_devices(agreed):
-    """Of 28 packed rows, of 8 or 16, for every mesh; and together they are the batch that one process makes."""
-    whole = {"sft": 28, "prompts": 8, "pairs": 8, "joined": 16}
+    """Of 4 packed rows, of 8, for every mesh; and together they are the batch that one process makes."""
+    whole = {"sft": 4, "prompts": 8, "pairs": 4, "joined": 8}
     for found in agreed[0]:
         for mesh, rows in found["rows"].items():
             share = 1 if mesh == "(1, 1, 4)" else 2  # there each device has every row

@@ -113,8 +113,9 @@ def test_words_that_cannot_be_drawn_leave_entropy_and_gradient_finite():
 
 def test_reward_loss_by_hand():
     # Margins log 3, -log 3 and 0: the chosen one wins with probability 3/4, 1/4 and 1/2.
-    margin_B = np.log(np.float32([3, 1 / 3, 1]))
-    loss, metrics = losses.reward_loss(jnp.float32(margin_B + 5), jnp.float32([5, 5, 5]))
+    margin_BN = np.log(np.float32([[3, 1 / 3], [1, 9]]))
+    real_BN = jnp.float32([[1, 1], [1, 0]])
+    loss, metrics = losses.reward_loss(jnp.float32(margin_BN + 5), jnp.full((2, 2), 5.0), real_BN)
     assert float(loss) == pytest.approx(-np.log([0.75, 0.25, 0.5]).mean(), rel=1e-5)
     assert float(metrics["accuracy"]) == 0.5
     assert float(metrics["margin"]) == pytest.approx(0, abs=1e-6)
@@ -122,23 +123,24 @@ def test_reward_loss_by_hand():
 
 
 def test_ties_count_half():
-    _, metrics = losses.reward_loss(jnp.float32([1, 2, 2, 0]), jnp.float32([0, 1, 2, 5]))
+    _, metrics = losses.reward_loss(jnp.float32([1, 2, 2, 0]), jnp.float32([0, 1, 2, 5]), jnp.ones(4))
     assert float(metrics["accuracy"]) == 2.5 / 4
 
 
 def test_swapping_the_pair_mirrors_the_reward_loss():
     # -log s(m) + log s(-m) = -m, accuracies add up to 1, gradients have opposite signs.
     a_B, b_B = draw(2, 16), draw(3, 16)
-    (there, at_there), (back, at_back) = losses.reward_loss(a_B, b_B), losses.reward_loss(b_B, a_B)
+    loss = partial(losses.reward_loss, mask_BN=jnp.ones(16))
+    (there, at_there), (back, at_back) = loss(a_B, b_B), loss(b_B, a_B)
     assert float(there - back) == pytest.approx(float((b_B - a_B).mean()), abs=1e-6)
     assert float(at_there["accuracy"] + at_back["accuracy"]) == 1
-    grad_a, grad_b = jax.grad(lambda a, b: losses.reward_loss(a, b)[0], (0, 1))(jnp.asarray(a_B), jnp.asarray(b_B))
+    grad_a, grad_b = jax.grad(lambda a, b: loss(a, b)[0], (0, 1))(jnp.asarray(a_B), jnp.asarray(b_B))
     close(grad_a, -np.asarray(grad_b))
     assert (np.asarray(grad_a) < 0).all()
 
 
 def test_extreme_margins_stay_finite():
-    loss = partial(lambda chosen, rejected: losses.reward_loss(chosen, rejected)[0])
+    loss = partial(lambda chosen, rejected: losses.reward_loss(chosen, rejected, jnp.ones(2))[0])
     value, grad = jax.value_and_grad(loss)(jnp.float32([1e4, -1e4]), jnp.zeros(2))
     assert float(value) == 5000
     close(grad, [0, -0.5])

@@ -28,10 +28,11 @@ def close(actual, expected, tolerance=1e-5):
 def dpo(kind, beta=0.5):
     # Log-ratios to the reference: chosen 0.5 and -1.5, rejected -0.5 and 0.25; so h = 1 and -1.75.
     return losses.dpo_loss(
-        jnp.float32([-3.0, -7.5]),
-        jnp.float32([-4.5, -2.0]),
-        jnp.float32([-3.5, -6.0]),
-        jnp.float32([-4.0, -2.25]),
+        jnp.float32([-3.0, -7.5, 9.0]),
+        jnp.float32([-4.5, -2.0, 1.0]),
+        jnp.float32([-3.5, -6.0, 0.0]),
+        jnp.float32([-4.0, -2.25, 0.0]),
+        jnp.float32([1, 1, 0]),
         beta,
         kind,
     )
@@ -59,17 +60,17 @@ def test_ipo_by_hand():
 def test_the_gradient_of_dpo_by_finite_differences(kind):
     with jax.enable_x64(True):
         rows = [jnp.asarray(np.random.default_rng(s).normal(size=5)) for s in range(4)]
-        grads = jax.grad(lambda x: losses.dpo_loss(*x, 0.3, kind)[0])(rows)
+        grads = jax.grad(lambda x: losses.dpo_loss(*x, jnp.ones(5), 0.3, kind)[0])(rows)
         h = 1e-2
         for i, b in [(0, 1), (1, 3), (2, 0), (3, 4)]:
             ends = [[r.at[b].add(s * h) if j == i else r for j, r in enumerate(rows)] for s in (1, -1)]
-            up, down = (float(losses.dpo_loss(*x, 0.3, kind)[0]) for x in ends)
+            up, down = (float(losses.dpo_loss(*x, jnp.ones(5), 0.3, kind)[0]) for x in ends)
             assert float(grads[i][b]) == pytest.approx((up - down) / (2 * h), rel=1e-2, abs=1e-4)
 
 
 def test_dpo_starts_at_log_2_with_the_gradient_of_beta_over_2():
     ref = [jnp.float32([-3.0, -1.5]), jnp.float32([-2.0, -8.25])]
-    value, grad = jax.value_and_grad(lambda c: losses.dpo_loss(c, ref[1], *ref, 0.3, "sigmoid")[0])(ref[0])
+    value, grad = jax.value_and_grad(lambda c: losses.dpo_loss(c, ref[1], *ref, jnp.ones(2), 0.3, "sigmoid")[0])(ref[0])
     assert float(value) == pytest.approx(np.log(2), rel=1e-6)
     close(grad, [-0.3 / 2 / 2] * 2)
 
@@ -77,7 +78,8 @@ def test_dpo_starts_at_log_2_with_the_gradient_of_beta_over_2():
 def test_what_prompts_weigh_cancels_in_dpo():
     rows = [jnp.asarray(draw(s, 5)) for s in range(4)]
     shifted = [r + jnp.asarray(draw(9, 5)) for r in rows]  # both sides follow one prompt
-    close(losses.dpo_loss(*shifted, 0.3, "ipo")[0], losses.dpo_loss(*rows, 0.3, "ipo")[0])
+    found = [losses.dpo_loss(*x, jnp.ones(5), 0.3, "ipo")[0] for x in (shifted, rows)]
+    close(*found)
 
 
 # Ensembles.
@@ -261,8 +263,8 @@ def test_results_are_f32_whatever_comes_in(x_type):
         row_B = x_BR[:, 0]
         return [
             losses.sequence_logp(x_BR, mask_BR),
-            losses.dpo_loss(row_B, -row_B, 2 * row_B, row_B, 0.1, "sigmoid"),
-            losses.dpo_loss(row_B, -row_B, 2 * row_B, row_B, 0.1, "ipo"),
+            losses.dpo_loss(row_B, -row_B, 2 * row_B, row_B, mask_BR[:, 0], 0.1, "sigmoid"),
+            losses.dpo_loss(row_B, -row_B, 2 * row_B, row_B, mask_BR[:, 0], 0.1, "ipo"),
             [losses.combine_scores(x_BR, how, 0.5) for how in ("mean", "worst", "uncertainty")],
             losses.leave_one_out(x_BR),
             losses.rloo_loss(x_BR, row_B, mask_BR),

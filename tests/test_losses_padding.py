@@ -50,8 +50,21 @@ def test_garbage_in_padding_changes_neither_ppo_loss_nor_gradients(name):
         lambda x: losses.gae(draw(34), x, RAGGED_BR, 0.9, 0.9)[1] * draw(30),
         lambda x: losses.explained_variance(x, draw(35), RAGGED_BR),
         lambda x: losses.explained_variance(draw(36), x, RAGGED_BR),
+        lambda x: losses.reward_loss(x, draw(40), RAGGED_BR)[0],
+        lambda x: losses.dpo_loss(draw(40), x, draw(41), draw(42), RAGGED_BR, 0.3, "ipo")[0],
     ],
-    ids=["mean", "whiten", "scale", "rewards", "advantage", "return", "explained_value", "explained_return"],
+    ids=[
+        "mean",
+        "whiten",
+        "scale",
+        "rewards",
+        "advantage",
+        "return",
+        "explained_value",
+        "explained_return",
+        "reward",
+        "ipo",
+    ],
 )
 def test_garbage_in_padding_leaks_nowhere(function):
     evaluate = jax.jit(jax.value_and_grad(lambda x: function(x).sum()))
@@ -69,7 +82,7 @@ def every_function(x_BR, mask_BR):
         "mean": losses.masked_mean(x_BR, mask_BR),
         "whiten": losses.masked_whiten(x_BR, mask_BR),
         "scale": losses.masked_whiten(x_BR, mask_BR, shift_mean=False),
-        "reward": losses.reward_loss(score_B, -score_B),
+        "reward": losses.reward_loss(score_B, -score_B, mask_BR[:, 0]),
         "kl": [losses.kl(x_BR, 2 * x_BR, kind) for kind in ("k1", "k2", "k3")],
         "coef": losses.adapt_kl_coef(score_B[0], score_B[1], 6.0, 10_000, 64),
         "penalties": losses.score_penalties(score_B, mask_BR.sum(-1), score_B > 0, Ppo(eos_required=True), 5),

@@ -250,12 +250,12 @@ def pairs():
         {"prompt": "a b", "chosen": " c", "rejected": " d d a", "rejected_finished": "0"},
         {"prompt": "d", "chosen": " a b c", "rejected": " b"},
     ]
-    stream = batches.pair_batches(records, words, batch_size=2, prompt_length=4, response_length=4, seed=0)
-    return stream[0]
+    stream = batches.pair_batches(records, words, batch_size=2, prompt_length=4, response_length=4, seeds=[0])
+    return replace(stream, shapes=stream.shapes[-1:])[0]  # a row each
 
 
 def test_pairs_say_where_their_responses_are(pairs):
-    sizes = sorted([int((row == side).sum()) for side in (1, CHOSEN, REJECTED)] for row in pairs.mask_BT)
+    sizes = sorted([int((row == side).sum()) for side in (1, 1 + CHOSEN, 1 + REJECTED)] for row in pairs.mask_BT)
     assert sizes == [[1, 4, 2], [2, 2, 3]]
 
 
@@ -264,7 +264,7 @@ def test_dpo_reads_responses_alone(pairs):
     hidden_BTD = model.trunk(ARCH, FROZEN, batch.tokens_BT, batch.mask_BT)
     logp_BT = dpo.token_logp(ARCH, FROZEN, POLICY, batch.tokens_BT, hidden_BTD, batch.mask_BT)
     for row, mask, logp_T in zip(pairs.tokens_BT, pairs.mask_BT, logp_BT, strict=True):
-        for side in (CHOSEN, REJECTED):
+        for side in (1 + CHOSEN, 1 + REJECTED):
             ids = row[(mask == 1) | (mask == side)][None]  # without padding and the other response
             ones = jnp.ones(ids.shape)
             hidden = model.trunk(ARCH, FROZEN, ids, ones)
@@ -275,7 +275,7 @@ def test_dpo_reads_responses_alone(pairs):
 
 
 def test_a_token_that_nothing_precedes_has_no_log_probability():
-    mask_BT = jnp.asarray([[CHOSEN, CHOSEN, REJECTED, REJECTED, 0]])  # an empty prompt
+    mask_BT = 1 + jnp.asarray([[CHOSEN, CHOSEN, REJECTED, REJECTED, -1]])  # an empty prompt
     token_BT = jnp.asarray([[3, 4, 5, 6, 0]])
     hidden_BTD = model.trunk(ARCH, FROZEN, token_BT, mask_BT)
     logp_BT = dpo.token_logp(ARCH, FROZEN, POLICY, token_BT, hidden_BTD, mask_BT)
@@ -286,9 +286,9 @@ def test_a_token_that_nothing_precedes_has_no_log_probability():
 def test_a_pairs_scores_are_those_of_its_responses_alone(pairs):
     batch = jax.tree.map(jnp.asarray, pairs)
     hidden_BTD = model.trunk(ARCH, FROZEN, batch.tokens_BT, batch.mask_BT)
-    found_B2 = policies.read_pairs(ARCH, SCORERS[0], batch.tokens_BT, hidden_BTD, batch.mask_BT)
+    found_B2 = policies.read_pairs(ARCH, SCORERS[0], batch, hidden_BTD)[:, 0]
     for row, mask, found_2 in zip(pairs.tokens_BT, pairs.mask_BT, found_B2, strict=True):
-        for side, found in zip((CHOSEN, REJECTED), found_2, strict=True):
+        for side, found in zip((1 + CHOSEN, 1 + REJECTED), found_2, strict=True):
             ids = row[(mask == 1) | (mask == side)][None]
             assert float(found) == pytest.approx(
                 float(policies.score(ARCH, FROZEN, SCORERS[0], ids, np.ones(ids.shape))[0]), abs=1e-5

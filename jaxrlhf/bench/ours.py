@@ -100,8 +100,7 @@ def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> t
 def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[float, Callable[[], None]]:
     c, mesh = work.experiment.sft, _mesh(work)
     texts = _texts(work, c.batch_size, ("response",))
-    sizes = _sizes(work) | {"ways": mesh.shape["data"] * mesh.shape["fsdp"]}
-    rows = batches.sft_batches(*texts, batch_size=c.batch_size, prompt_weight=1.0, seed=0, **sizes)
+    rows = batches.sft_batches(*texts, batch_size=c.batch_size, prompt_weight=1.0, seed=0, **_sizes(work))
     batch = sharding.shard_batch(rows[0], mesh)
     tx = optim.optimizer(c.optim, 1000)
     return _steps(sft.step, arch, tx, optim.new_state(tx, top, _mesh(work)), frozen, batch)
@@ -110,7 +109,7 @@ def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tupl
 def _reward(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[float, Callable[[], None]]:
     c = work.experiment.reward
     texts = _texts(work, c.batch_size, ("chosen", "rejected"))
-    rows = batches.pair_batches(*texts, batch_size=c.batch_size, seed=0, **_sizes(work))
+    rows = batches.pair_batches(*texts, batch_size=c.batch_size, seeds=[0], **_sizes(work))
     batch = sharding.shard_batch(rows[0], _mesh(work))
     tx = optim.optimizer(c.optim, 1000)
     state = optim.new_state(tx, Scorer(top=top, head=_head(arch, 2)), _mesh(work))
@@ -119,7 +118,7 @@ def _reward(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> t
 
 def _sizes(work: Work) -> dict[str, int]:
     most = work.experiment.model.response_length
-    return {"prompt_length": work.row_length - most, "response_length": most}
+    return {"prompt_length": work.row_length - most, "response_length": most, "ways": sharding.ways(_mesh(work))}
 
 
 WORDS_OF_TEXTS = [f"w{i}" for i in range(1000)]

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import grain
-import jax
 import numpy as np
 
 from jaxrlhf.data import packing
+from jaxrlhf.data.packing import WIDTHS, rounded
 from jaxrlhf.data.tokens import Tokenizer
 from jaxrlhf.types import CHOSEN, REJECTED, PairBatch, PromptBatch, SftBatch
 
 Record = Mapping[str, str]
-Row = tuple[list[int], list[int]]
+Ids = list[int]
+Item = tuple[Ids, ...]  # prompt and response; or prompt, chosen response and rejected response
 Batch = TypeVar("Batch", covariant=True)
-# Training rows are as long as the longest of their set, rounded up to this: fewer wasted columns, one shape a stage.
-# Evaluation rows are as long as a row can be: one shape for all splits, so that nothing is compiled once a split.
-WIDTHS = 8
 
 
 class Batches(Protocol[Batch]):
@@ -54,52 +52,36 @@ class _Stream:
 
 @dataclass(frozen=True)
 class _Packed:
-    """Batches of B texts, packed into fewer rows: as many at every step, or more where a batch would not fit."""
+    """B items of each order, packed into rows; orders one after another, in as many rows of the same width each."""
 
-    items: Any
+    orders: Sequence[Any]  # of items
     batch_size: int
-    width: int
-    ways: int  # what the number of rows is a multiple of
-    usual: int
-    collate: Callable[[Sequence[Sequence[Row]]], Any]
-
-    def _packed(self, step: int) -> list[list[Row]]:
-        texts = [self.items[step * self.batch_size + b] for b in range(self.batch_size)]
-        rows = packing.first_fit([len(p) + len(q) for p, q in texts], self.width)
-        # Few sizes, as each is compiled once: an eighth of a batch apart.
-        more = self.ways * max(self.batch_size // (8 * self.ways), 1)
-        count = self.usual if len(rows) <= self.usual else packing.rounded(len(rows), more, self.batch_size)
-        return [[texts[i] for i in row] for row in rows] + [[]] * (count - len(rows))
+    shapes: Sequence[packing.Shape]  # the last fits all batches
+    collate: Callable[[Sequence[Sequence[Item]], int, int], Any]  # of rows, their width, and the most items of one
 
     def __getitem__(self, step: int) -> Any:
         return _whole(self, step)
 
     def parts(self, step: int) -> tuple[int, Callable[[Sequence[int]], Any]]:
-        packed = self._packed(step)
-        return len(packed), lambda rows: self.collate([packed[r] for r in rows])
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        drawn = [[items[i] for i in places] for items in self.orders]
+        packed, width, most = next(fit for shape in self.shapes if (fit := _fitted(drawn, shape)))
+        return len(packed), lambda rows: self.collate([packed[r] for r in rows], width, most)
 
 
-@dataclass(frozen=True)
-class Joined:
-    """Batches of equal sizes one after another as one batch."""
+def _fitted(drawn: Sequence[Sequence[Item]], shape: packing.Shape) -> tuple[list[list[Item]], int, int] | None:
+    """Rows, their least width, and the most items of one; None where no width is enough."""
+    packed = []
+    for items in drawn:
+        rows = packing.spread([_size(item) for item in items], shape.rows, shape.most)
+        packed += [[items[i] for i in row] for row in rows]
+    needed = max(sum(map(_size, row)) for row in packed)
+    width = next((w for w in shape.widths if w >= needed), None)
+    return None if width is None else (packed, width, shape.most)
 
-    streams: Sequence[Batches]
 
-    def __getitem__(self, step: int) -> Any:
-        """All rows of a step."""
-        return _whole(self, step)
-
-    def parts(self, step: int) -> tuple[int, Callable[[Sequence[int]], Any]]:
-        """The rows of all streams together."""
-        counts, makers = zip(*(s.parts(step) for s in self.streams), strict=True)
-        each = counts[0]
-
-        def make(rows: Sequence[int]) -> Any:
-            chosen = [[r % each for r in rows if r // each == i] for i in range(len(makers))]
-            made = [maker(some) for maker, some in zip(makers, chosen, strict=True) if some]
-            return jax.tree.map(lambda *x: np.concatenate(x), *made)
-
-        return sum(counts), make
+def _size(item: Item) -> int:
+    return sum(map(len, item))
 
 
 def _whole(stream: Batches, step: int) -> Any:
@@ -152,17 +134,14 @@ def sft_batches(
 ) -> Batches[SftBatch]:
     """`batches[step]` is an SftBatch [rows, T] of B examples: prompt, response and end-of-text, padded on the right.
 
-    Examples are packed: several share a row where they fit, and see nothing of each other, so that loss and gradient
-    are those of a row each. The number of rows is a multiple of `ways`, as is B.
+    Examples are packed: several share a row, and see nothing of each other, so that loss and gradient are those of a
+    row each. The number of rows is a multiple of `ways`, as is B.
     `weight_BT` is `prompt_weight` on the prompt, 1 on the response and its end-of-text, 0 on padding and on the first
     token. Every epoch visits each example once, in another order; a batch may reach into the next epoch.
     """
     texts = _examples(examples, tokenizer, prompt_length, response_length)
-    lengths = [len(p) + len(q) for p, q in texts]
-    width = _width(lengths, prompt_length + response_length)
-    usual = packing.capacity(lengths, batch_size, width, ways)
-    collate = lambda rows: _sft(rows, width, prompt_weight, tokenizer.pad_id)  # noqa: E731
-    return _Packed(_endless(texts, seed), batch_size, width, ways, usual, collate)
+    collate = lambda rows, width, _: _sft(rows, width, prompt_weight, tokenizer.pad_id)  # noqa: E731
+    return _packed(texts, batch_size, [seed], ways, collate)
 
 
 def eval_sft_batches(
@@ -183,12 +162,16 @@ def pair_batches(
     batch_size: int,
     prompt_length: int,
     response_length: int,
-    seed: int,
+    seeds: Sequence[int],
+    ways: int = 1,
 ) -> Batches[PairBatch]:
-    """`batches[step]` is a PairBatch [B, T]: prompt, chosen response, rejected response, padded on the right."""
-    rows = _pairs(pairs, tokenizer, prompt_length, response_length)
-    width = _width((sum(map(len, row)) for row in rows), prompt_length + 2 * response_length)
-    return _stream(rows, batch_size, seed, lambda chosen: _pair_batch(chosen, width, tokenizer.pad_id))
+    """`batches[step]` is a PairBatch [rows, T] of B pairs for each seed, those of one after those of another.
+
+    They are packed and drawn as `sft_batches` has it; no row has pairs of two seeds, and each seed has as many rows.
+    """
+    items = _pairs(pairs, tokenizer, prompt_length, response_length)
+    collate = lambda rows, width, most: _pair_batch(rows, width, most, tokenizer.pad_id)  # noqa: E731
+    return _packed(items, batch_size, seeds, ways, collate)
 
 
 def prompt_batches(
@@ -196,7 +179,9 @@ def prompt_batches(
 ) -> Batches[PromptBatch]:
     """`batches[step]` is a PromptBatch [B, P], padded on the left; `index_B` is the place in `records`."""
     rows = list(enumerate(_prompts(records, tokenizer, prompt_length)))
-    width = _width((len(p) for _, p in rows), prompt_length)
+    # As long as the longest: fewer wasted columns, one shape a stage. Evaluation rows are as long as a row can be: one
+    # shape for all splits, so that nothing is compiled once a split.
+    width = min(rounded(max(len(p) for _, p in rows), WIDTHS), prompt_length)
     return _stream(rows, batch_size, seed, lambda chosen: _prompt_batch(chosen, width, tokenizer.pad_id))
 
 
@@ -214,7 +199,7 @@ def ids(records: Sequence[Record], *, batch_size: int, seed: int) -> Batches[lis
     return _stream([r["id"] for r in records], batch_size, seed, list)
 
 
-def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Row]:
+def _examples(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Item]:
     found = list(records)
     prompts, responses = _prompts(found, tokenizer, prompt_length), _ended(found, "response", tokenizer)
     return [(p, q[:response_length]) for p, q in zip(prompts, responses, strict=True)]
@@ -227,9 +212,7 @@ def _ended(records: Sequence[Record], field: str, tokenizer: Tokenizer) -> list[
     return [ids + end for ids, end in zip(found, ends, strict=True)]
 
 
-def _pairs(
-    records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int
-) -> list[tuple[list[int], list[int], list[int]]]:
+def _pairs(records: Sequence[Record], tokenizer: Tokenizer, prompt_length: int, response_length: int) -> list[Item]:
     """Prompt, chosen response, rejected response."""
     found = list(records)
     sides = ([q[:response_length] for q in _ended(found, side, tokenizer)] for side in ("chosen", "rejected"))
@@ -246,8 +229,11 @@ def _prompts(records: Iterable[Record], tokenizer: Tokenizer, prompt_length: int
     return rows
 
 
-def _width(lengths: Iterable[int], at_most: int) -> int:
-    return min(-(-max(lengths) // WIDTHS) * WIDTHS, at_most)
+def _packed(
+    items: Sequence[Item], batch_size: int, seeds: Sequence[int], ways: int, collate: Callable[..., Any]
+) -> Any:
+    shapes = packing.shapes([_size(item) for item in items], batch_size, ways)
+    return _Packed([_endless(items, seed) for seed in seeds], batch_size, shapes, collate)
 
 
 def _stream(items: Sequence, batch_size: int, seed: int, collate: Callable[[Sequence], Any]) -> Any:
@@ -264,7 +250,7 @@ def _in_order(rows: list, batch_size: int) -> Iterator[tuple[list, int]]:
         yield chosen + [rows[0]] * (batch_size - len(chosen)), len(chosen)
 
 
-def _sft(rows: Sequence[Sequence[Row]], width: int, prompt_weight: float, pad_id: int) -> SftBatch:
+def _sft(rows: Sequence[Sequence[Item]], width: int, prompt_weight: float, pad_id: int) -> SftBatch:
     tokens_BT, mask_BT = pad([[i for p, q in texts for i in p + q] for texts in rows], width, pad_id)
     weight_BT = np.zeros_like(mask_BT)
     for b, texts in enumerate(rows):
@@ -278,12 +264,22 @@ def _sft(rows: Sequence[Sequence[Row]], width: int, prompt_weight: float, pad_id
     return SftBatch(tokens_BT=tokens_BT, mask_BT=mask_BT, weight_BT=weight_BT)  # pyright: ignore[reportArgumentType]
 
 
-def _pair_batch(rows: Sequence[tuple[list[int], list[int], list[int]]], width: int, pad_id: int) -> PairBatch:
-    tokens_BT, mask_BT = pad([p + chosen + rejected for p, chosen, rejected in rows], width, pad_id)
-    for b, (p, chosen, rejected) in enumerate(rows):
-        ends = len(p), len(p) + len(chosen), len(p) + len(chosen) + len(rejected)
-        mask_BT[b, ends[0] : ends[1]], mask_BT[b, ends[1] : ends[2]] = CHOSEN, REJECTED
-    return PairBatch(tokens_BT=tokens_BT, mask_BT=mask_BT)  # pyright: ignore[reportArgumentType]
+def _pair_batch(rows: Sequence[Sequence[Item]], width: int, most: int, pad_id: int) -> PairBatch:
+    tokens_BT, mask_BT = pad([[i for item in pairs for ids in item for i in ids] for pairs in rows], width, pad_id)
+    ends_BN2, pair_BN = np.zeros((len(rows), most, 2), np.int32), np.zeros((len(rows), most), np.float32)
+    for b, pairs in enumerate(rows):
+        start, pair_BN[b, : len(pairs)] = 0, 1
+        for n, (p, chosen, rejected) in enumerate(pairs):
+            begun = start + len(p)
+            turn = begun + len(chosen)
+            end = turn + len(rejected)
+            mask_BT[b, start:begun] = n + 1
+            mask_BT[b, begun:turn], mask_BT[b, turn:end] = n + 1 + CHOSEN, n + 1 + REJECTED
+            # An empty response is read where its prompt ends.
+            ends = turn if chosen else begun, end if rejected else begun
+            ends_BN2[b, n] = np.maximum(ends, start + 1) - 1
+            start = end
+    return PairBatch(tokens_BT=tokens_BT, mask_BT=mask_BT, ends_BN2=ends_BN2, pair_BN=pair_BN)  # pyright: ignore[reportArgumentType]
 
 
 def _prompt_batch(rows: Sequence[tuple[int, list[int]]], width: int, pad_id: int) -> PromptBatch:
