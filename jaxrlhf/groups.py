@@ -31,7 +31,7 @@ def score(
     drawn: Sample,
     given_score_B: jax.Array | None = None,
 ) -> tuple[GroupRollout, Metrics]:
-    """One pass of the trunk for all roles, then each response's advantage over its group; rows are prompt-major.
+    """What all roles make of the trunk's output, then each response's advantage over its group; rows are prompt-major.
 
     RLOO's return is the score less kl_coef * the response's log-ratio to the reference; GRPO's is the score, as its KL
     is in the loss.

@@ -93,7 +93,7 @@ def gradients(
 def apart(batch: Any, parts: int) -> Any:
     """Arrays [B, ...] as [parts, B / parts, ...]; `parts` divides B, and [B, 0] has parts too."""
     # Every `parts`-th row, so that the rows of each micro-batch are spread over the devices as those of the batch are,
-    # and a pair's two halves stay together.
+    # and each member of an ensemble has as many.
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 

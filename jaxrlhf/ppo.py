@@ -1,8 +1,8 @@
 """PPO with a KL penalty to the SFT policy: sample, score, update.
 
-Policy, reference, reward model and value share one frozen trunk. It runs once a rollout; its hidden states stay in the
-Rollout, so that the epochs touch TOP only. What RLOO and GRPO do alike is in `rollouts.py`: sampling, reading all roles
-on one trunk, minibatches.
+Policy, reference, reward model and value share one frozen trunk. The sampler runs it, once a token; its hidden states
+stay in the Rollout, so that the epochs touch TOP only. What RLOO and GRPO do alike is in `rollouts.py`: sampling,
+reading all roles on one trunk, minibatches.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def score(
     drawn: Sample,
     given_score_B: jax.Array | None = None,
 ) -> tuple[PpoRollout, Metrics]:
-    """One pass of the trunk for all four roles, then token rewards and generalised advantages.
+    """What all four roles make of the trunk's output, then token rewards and generalised advantages.
 
     `given_score_B` holds the scores where the reward model comes from elsewhere, with a trunk of its own.
     """

@@ -1,4 +1,4 @@
-"""What PPO, RLOO and GRPO share: sampling, one pass of the trunk for all roles, epochs of minibatch steps on TOP."""
+"""What PPO, RLOO and GRPO share: sampling, what all roles make of its trunk, epochs of minibatch steps on TOP."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def look(
     c: Ppo | Rloo | Grpo,
     given_score_B: jax.Array | None,
 ) -> tuple[Rollout, jax.Array, Metrics]:
-    """What policy, reference and reward model make of the trunk's output: the rollout, the its final states, metrics.
+    """What policy, reference and reward model make of the trunk's output: the rollout, its final states, metrics.
 
     The output is the sampler's, or else that of one pass of the trunk. `prompts` has a row for each response.
     `given_score_B` holds the scores where the reward model comes from elsewhere. As many rows are read at a time as an
@@ -173,20 +173,7 @@ def look(
         # The sampler decodes token by token, the scorer in one pass: the gap is rounding, or a bug.
         "sampler_gap": jnp.abs((logp_BR - drawn.logp_BR) * mask_BR).max(),
     }
-    if drawn.hidden_BTD is not None:
-        metrics["trunk_gap"] = _trunk_gap(arch, fixed.frozen, token_BT, mask_BT, drawn.hidden_BTD)
     return rollout, final_BRD, metrics
-
-
-def _trunk_gap(
-    arch: model.Architecture, frozen: Frozen, token_BT: jax.Array, mask_BT: jax.Array, hidden_BTD: jax.Array
-) -> jax.Array:
-    """How far the sampler's states of a row on each device are from those of one pass, in shares of the largest."""
-    every = max(len(token_BT) // model.ways(), 1)
-    token_bT, mask_bT, hidden_bTD = (x[::every] for x in (token_BT, mask_BT, hidden_BTD))
-    once_bTD = jnp.where(mask_bT[..., None] > 0, model.trunk(arch, frozen, token_bT, mask_bT), 0)
-    gap_bTD = jnp.where(mask_bT[..., None] > 0, once_bTD - hidden_bTD, 0)
-    return (jnp.abs(gap_bTD).max() / jnp.abs(once_bTD).max()).astype(jnp.float32)
 
 
 def epochs(
@@ -250,7 +237,8 @@ def train(
         batch = policies.repeated(batch, samples) if samples > 1 else batch
         state, metrics = learn(state, batch, drawn, given_B, update_key)
         logged = (i + 1) % c.loop.log_every == 0 or i + 1 == c.loop.steps
-        return state, metrics | (_gold(run, batch, drawn) if logged else {})
+        extra = _gold(run, batch, drawn) | trunk_gap(run.arch, frozen, batch, drawn) if logged else {}
+        return state, metrics | extra
 
     loop.run(
         stage=stage,
@@ -267,7 +255,21 @@ def train(
     run.finish(stage, {"steps": c.loop.steps, "prompts": len(run.task.ppo_prompts)} | cut)
 
 
-def _gold(run: Run, batch: PromptBatch, drawn: Sample) -> dict[str, float]:
+@partial(jax.jit, static_argnames=("arch",))
+def trunk_gap(arch: model.Architecture, frozen: Frozen, prompts: PromptBatch, drawn: Sample) -> dict[str, jax.Array]:
+    """How far the sampler's states of the first row are from those of one pass, in shares of the largest of these."""
+    if drawn.hidden_BTD is None:
+        return {}
+    hidden_BTD = drawn.hidden_BTD[:1]
+    first, drawn = jax.tree.map(lambda x: x[:1], (prompts, drawn))
+    rows = policies.joined(first, drawn, 1)
+    real_BT1 = rows[1][..., None] > 0
+    once_BTD = jnp.where(real_BT1, model.trunk(arch, frozen, *rows), 0).astype(jnp.float32)
+    gap_BTD = once_BTD - jnp.where(real_BT1, hidden_BTD, 0)
+    return {"trunk_gap": jnp.abs(gap_BTD).max() / jnp.abs(once_BTD).max()}
+
+
+def _gold(run: Run, batch: PromptBatch, drawn: Sample) -> dict[str, Any]:
     """The true reward of a rollout, where the task knows it: what over-optimisation is seen by."""
     if run.task.gold is None:
         return {}

@@ -60,9 +60,9 @@ def flops(jaxpr: Any) -> float:
             total += eqn.params["length"] * flops(eqn.params["jaxpr"])
         elif eqn.primitive.name == "while":
             if body := flops(eqn.params["body_jaxpr"]):
-                bound, counter = _bound(eqn)
+                bound, counter, counter_end = _bound(eqn)
                 total += 0 if any(counter is x for x in counted) else bound * body
-                counted += eqn.outvars
+                counted.append(counter_end)
         elif eqn.primitive.name == "shard_map":  # one device's share
             total += eqn.params["mesh"].size * flops(eqn.params["jaxpr"])
         elif eqn.primitive.name == "pallas_call":
@@ -81,13 +81,15 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
                 yield x
 
 
-def _bound(eqn: core.JaxprEqn) -> tuple[int, Any]:
-    """The constant that a loop's counter is compared with, and the counter's start."""
-    condition = eqn.params["cond_jaxpr"].jaxpr
-    starts = eqn.invars[: eqn.params["cond_nconsts"]] + eqn.invars[len(eqn.invars) - len(eqn.outvars) :]
+def _bound(eqn: core.JaxprEqn) -> tuple[int, Any, Any]:
+    """How often a loop runs by the constant that its counter is compared with; the counter before, and after."""
+    condition, constants = eqn.params["cond_jaxpr"].jaxpr, eqn.params["cond_nconsts"]
+    starts = eqn.invars[len(eqn.invars) - len(eqn.outvars) :]
     for e in condition.eqns:
         if e.primitive.name == "lt" and e.invars[0] in condition.invars and isinstance(e.invars[1], core.Literal):
-            return int(e.invars[1].val), starts[condition.invars.index(e.invars[0])]
+            at = condition.invars.index(e.invars[0]) - constants
+            start = int(starts[at].val) if isinstance(starts[at], core.Literal) else 0
+            return int(e.invars[1].val) - start, starts[at], eqn.outvars[at]
     raise ValueError("a while loop whose condition compares with no constant has no bound that can be read")
 
 

@@ -1,7 +1,7 @@
 """Sampling: one jitted function. Prompts are prefilled once, and their keys and values shared by their N samples.
 
-Rows that have ended leave: once no prompt has more than half of its samples to go on with, or a quarter, the loop goes
-on with as many rows. Which rows are there changes no draw.
+Rows that have ended leave: once no prompt has more than half of its samples to go on with, the loop goes on with as
+many rows. Each row is drawn with numbers of its own, whichever rows are there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxrlhf.parts import in_parts
 from jaxrlhf.types import Frozen, Sample, Top
 
 PREFILL = 2048  # tokens of prompts at a time on a device, or one prompt
-HALVINGS = 2  # of the rows, as each number of them is compiled
+HALVINGS = 1  # of the rows, as each number of them is compiled
 FEWEST = 16  # rows to go on with: fewer take hardly less time
 
 
@@ -49,8 +49,8 @@ class _Rows(NamedTuple):
 
     row_m: jax.Array  # which of the M
     length_m: jax.Array  # of its prompt
-    token_m: jax.Array
-    logits_mV: jax.Array
+    token_m: jax.Array  # its latest
+    going_m: jax.Array  # whether that is to be fed back
     cache: list[tuple[jax.Array, jax.Array]]
     drawn: Sample  # `hidden_BTD` is the trunk's output at the tokens drawn, where it is asked for
 
@@ -58,7 +58,7 @@ class _Rows(NamedTuple):
 class _Decoding(NamedTuple):
     """The loop's carry."""
 
-    step: jax.Array
+    step: jax.Array  # tokens fed back so far, and the place of the latest one drawn
     rows: _Rows
     key: jax.Array
 
@@ -93,23 +93,29 @@ def draw(logits_MV: jax.Array, uniform_M2: jax.Array) -> tuple[jax.Array, jax.Ar
     each word (Gumbel-max) would take CPUs longer than the model where the vocabulary is large.
     """
     M, V = logits_MV.shape
-    size = math.isqrt(V - 1) + 1
-    blocks = -(-V // size)
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty or V % mesh.shape["tensor"] else mesh.shape["tensor"]
+    own = V // shards  # words of a device, each of whose blocks is its own
+    size = math.isqrt(own - 1) + 1
+    blocks = -(-own // size)
     top_M1 = logits_MV.max(-1, keepdims=True)
-    mass_MV = jnp.pad(jnp.exp(logits_MV - top_M1), ((0, 0), (0, blocks * size - V)))
-    block_M, total_M = _invert(mass_MV.reshape(M, blocks, size).sum(-1), uniform_M2[:, 0])
-    word_MS = block_M[:, None] * size + jnp.arange(size)
-    logits_MS = jnp.take_along_axis(logits_MV, jnp.minimum(word_MS, V - 1), -1)
-    within_M, _ = _invert(jnp.where(word_MS < V, jnp.exp(logits_MS - top_M1), 0.0), uniform_M2[:, 1])
-    chosen_M1 = jnp.take_along_axis(logits_MS, within_M[:, None], -1)
-    return block_M * size + within_M, (chosen_M1 - top_M1)[:, 0] - jnp.log(total_M)
+    mass_MSV = jnp.exp(logits_MV - top_M1).reshape(M, shards, own)
+    mass_MSV = jnp.pad(mass_MSV, ((0, 0), (0, 0), (0, blocks * size - own)))
+    block_M, total_M = _invert(mass_MSV.reshape(M, shards * blocks, size).sum(-1), uniform_M2[:, 0])
+    first_M, within_X = block_M // blocks * own, jnp.arange(size)
+    place_MX = (block_M % blocks * size)[:, None] + within_X
+    logits_MX = jnp.take_along_axis(logits_MV, first_M[:, None] + jnp.minimum(place_MX, own - 1), -1)
+    chosen_M, _ = _invert(jnp.where(place_MX < own, jnp.exp(logits_MX - top_M1), 0.0), uniform_M2[:, 1])
+    place_M1, logit_M1 = (jnp.take_along_axis(x, chosen_M[:, None], -1) for x in (place_MX, logits_MX))
+    return first_M + place_M1[:, 0], (logit_M1 - top_M1)[:, 0] - jnp.log(total_M)
 
 
 def _invert(mass_MX: jax.Array, uniform_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first index by which more than a share `uniform_M` of all mass is reached, and all mass; two [M]."""
-    reached_MX = jnp.cumsum(mass_MX, -1)
-    total_M = reached_MX[:, -1]
-    return (reached_MX <= (uniform_M * total_M)[:, None]).sum(-1, dtype=jnp.int32), total_M
+    """The first index with mass by which more than a share `uniform_M` of all is reached, and all mass; two [M]."""
+    # Summed up in a tree, which need not rise from each index to the next.
+    reached_MX = jnp.where(mass_MX > 0, jnp.cumsum(mass_MX, -1), 0.0)
+    total_M = reached_MX.max(-1)
+    return jnp.argmax(reached_MX > (uniform_M * total_M)[:, None], -1).astype(jnp.int32), total_M
 
 
 @partial(jax.jit, static_argnames=("arch", "gen", "samples", "keep_trunk"))
@@ -138,34 +144,37 @@ def sample(
         model.cast(arch, jax.tree.map(lambda x, i=i: x[i], part)) for part in parts for i in range(model.depth(part))
     ]
     empty = jnp.zeros((M, arch.kv_heads, R, arch.head_width), prefix[0][0].dtype)
+    kept = keep_trunk and bool(frozen.embed)
     drawn = Sample(
         tokens_BR=jnp.full((M, R), gen.pad_id, jnp.int32),
         mask_BR=jnp.zeros((M, R), jnp.float32),
         logp_BR=jnp.zeros((M, R), jnp.float32),
         finished_B=jnp.zeros((M,), jnp.bool_),
-        hidden_BTD=jnp.zeros((M, R, arch.width), hidden_BPD.dtype) if keep_trunk and frozen.embed else None,
+        hidden_BTD=model.by_rows(jnp.zeros((M, R, arch.width), hidden_BPD.dtype)) if kept else None,
     )
     rows = _Rows(
         row_m=jnp.arange(M),
         length_m=jnp.repeat(mask_BP.sum(-1).astype(jnp.int32), samples),
         token_m=jnp.full((M,), gen.pad_id, jnp.int32),
-        logits_mV=jnp.repeat(model.logits(arch, frozen, top, final_B1D)[:, 0], samples, axis=0),
+        going_m=jnp.ones((M,), jnp.bool_),
         cache=[(empty, empty) for _ in layers],
         drawn=drawn,
     )
-    s = _Decoding(jnp.int32(0), rows, key)
+    logits_MV = jnp.repeat(model.logits(arch, frozen, top, final_B1D)[:, 0], samples, axis=0)
+    s = _draw(gen, _Decoding(jnp.int32(0), rows, key), logits_MV, M)
+    # The last token too is fed back only for the trunk's output at it.
+    steps = R if kept else R - 1
     groups, sizes = _sizes(B, samples)
     for size, smaller in pairwise([*sizes, 0]):
 
         def goes_on(s: _Decoding, size: int = size, smaller: int = smaller) -> jax.Array:
-            going_g = (~s.rows.drawn.finished_B).reshape(groups, size).mean(1)
-            return (s.step < R) & (going_g.max() > (smaller + 0.5) / size)
+            return (s.step < steps) & (s.rows.going_m.reshape(groups, size).sum(1) > smaller).any()
 
         def body(s: _Decoding, prompts: _Prompts = prompts) -> _Decoding:
-            return _advance(arch, frozen, top, layers, prompts, _draw(gen, s, M))
+            return _draw(gen, *_advance(arch, frozen, top, layers, prompts, s), M)
 
         s = jax.lax.while_loop(goes_on, body, s)
-        drawn = s.rows.drawn if size == sizes[0] else jax.tree.map(partial(_put, s.rows.row_m), drawn, s.rows.drawn)
+        drawn = s.rows.drawn if size == sizes[0] else _put(drawn, s.rows, groups)
         if smaller:
             s, prompts = _fewer(s, prompts, groups, smaller, samples)
     if drawn.hidden_BTD is None:
@@ -174,8 +183,15 @@ def sample(
     return drawn.replace(hidden_BTD=hidden_MTD)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _put(row_m: jax.Array, x_M: jax.Array, x_m: jax.Array) -> jax.Array:
-    return x_M.at[row_m].set(x_m)
+def _put(drawn: Sample, rows: _Rows, groups: int) -> Sample:
+    """All rows' results, with what is new of those that still go on."""
+
+    def put(x_M: jax.Array, x_m: jax.Array) -> jax.Array:
+        x_gN, x_gn = (x.reshape(groups, -1, *x.shape[1:]) for x in (x_M, x_m))
+        place_gn = rows.row_m.reshape(groups, -1) % x_gN.shape[1]
+        return jax.vmap(lambda whole, place, some: whole.at[place].set(some))(x_gN, place_gn, x_gn).reshape(x_M.shape)
+
+    return jax.tree.map(put, drawn, rows.drawn)
 
 
 def _sizes(B: int, samples: int) -> tuple[int, list[int]]:
@@ -188,8 +204,8 @@ def _sizes(B: int, samples: int) -> tuple[int, list[int]]:
 
 
 def _fewer(s: _Decoding, prompts: _Prompts, groups: int, size: int, samples: int) -> tuple[_Decoding, _Prompts]:
-    """The rows of each group that have not ended, and as many others as make `size`, in their order."""
-    order_gk = jnp.argsort(s.rows.drawn.finished_B.reshape(groups, -1), axis=1, stable=True)[:, :size]
+    """The rows of each group that go on, and as many others as make `size`, in their order."""
+    order_gk = jnp.argsort(~s.rows.going_m.reshape(groups, -1), axis=1, stable=True)[:, :size]
 
     def taken(x: jax.Array) -> jax.Array:
         some = jax.vmap(lambda x, order_k: x[order_k])(x.reshape(groups, -1, *x.shape[1:]), order_gk)
@@ -223,25 +239,31 @@ def _prefill_some(arch, frozen, top, rows):
     return model.final_norm(arch, top, h_B1D), hidden_BPD, prefix
 
 
-def _draw(gen: Generation, s: _Decoding, M: int) -> _Decoding:
-    """Draws the next token of every row that has not ended."""
+def _draw(gen: Generation, s: _Decoding, logits_mV: jax.Array, M: int) -> _Decoding:
+    """Draws the token at `step` of every row that has not ended, where there may be one."""
     rows, drawn = s.rows, s.rows.drawn
     # Numbers for all M rows, so that each has its own whichever are left.
     uniform_M2 = jax.random.uniform(jax.random.fold_in(s.key, s.step), (M, 2))
-    drawn_m, logp_m = draw(warp(rows.logits_mV, gen), uniform_M2[rows.row_m])
-    alive_m = ~rows.drawn.finished_B
+    drawn_m, logp_m = draw(warp(logits_mV, gen), uniform_M2[rows.row_m])
+    alive_m = ~drawn.finished_B & (s.step < gen.max_tokens)
     token_m = jnp.where(alive_m, drawn_m, gen.pad_id)
+    put = lambda x_mR, x_m: x_mR.at[:, s.step].set(x_m, mode="drop")  # noqa: E731
     drawn = drawn.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        tokens_BR=drawn.tokens_BR.at[:, s.step].set(token_m),
-        mask_BR=drawn.mask_BR.at[:, s.step].set(alive_m.astype(jnp.float32)),
-        logp_BR=drawn.logp_BR.at[:, s.step].set(jnp.where(alive_m, logp_m, 0.0)),
-        finished_B=drawn.finished_B | (drawn_m == gen.eos_id),
+        tokens_BR=put(drawn.tokens_BR, token_m),
+        mask_BR=put(drawn.mask_BR, alive_m.astype(jnp.float32)),
+        logp_BR=put(drawn.logp_BR, jnp.where(alive_m, logp_m, 0.0)),
+        finished_B=drawn.finished_B | (alive_m & (drawn_m == gen.eos_id)),
     )
-    return s._replace(rows=rows._replace(token_m=token_m, drawn=drawn))
+    # An end-of-text token is fed back only for the trunk's output at it.
+    going_m = alive_m if drawn.hidden_BTD is not None else alive_m & ~drawn.finished_B
+    return s._replace(rows=rows._replace(token_m=token_m, going_m=going_m, drawn=drawn))
 
 
-def _advance(arch, frozen, top, layers, prompts: _Prompts, s: _Decoding) -> _Decoding:
-    """Feeds the drawn tokens through all layers, which attend to the shared prefix and to each row's own suffix."""
+def _advance(arch, frozen, top, layers, prompts: _Prompts, s: _Decoding) -> tuple[_Decoding, jax.Array]:
+    """Feeds the latest tokens through all layers, which attend to the shared prefix and to each row's own suffix.
+
+    Returns logits [m, V] for the next ones.
+    """
     rows, drawn = s.rows, s.rows.drawn
     position_M1 = (rows.length_m + s.step)[:, None]
     h, cache = [model.embed(arch, frozen.embed or top.embed, rows.token_m[:, None], position_M1)], []
@@ -254,7 +276,7 @@ def _advance(arch, frozen, top, layers, prompts: _Prompts, s: _Decoding) -> _Dec
         hidden_MRD = drawn.hidden_BTD.at[:, s.step].set(h[model.depth(frozen.blocks)][:, 0])
         drawn = drawn.replace(hidden_BTD=hidden_MRD)  # pyright: ignore[reportAttributeAccessIssue]
     logits_mV = model.logits(arch, frozen, top, model.final_norm(arch, top, h[-1]))[:, 0]
-    return s._replace(step=s.step + 1, rows=rows._replace(logits_mV=logits_mV, cache=cache, drawn=drawn))
+    return s._replace(step=s.step + 1, rows=rows._replace(cache=cache, drawn=drawn)), logits_mV
 
 
 def _attend(arch, window, prompts, shared, own, step, q_M1HK, k_M1GK, v_M1GK):

@@ -127,7 +127,8 @@ def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
 def ahead(launch: Callable[[Given], Found], each: Iterable[Given]) -> Iterator[Found]:
     """What `launch` gives for each, in order, the next one launched before: the device works while the host reads.
 
-    Hosts that launch and read alike have their collectives in one order.
+    Hosts that launch and read alike have their collectives in one order; what several hosts read by a collective comes
+    after what was launched.
     """
     before: list[Found] = []
     for given in each:

@@ -101,7 +101,7 @@ def steps(mesh: jax.sharding.Mesh, folder: Path, name: str) -> None:
     prompts = sharding.shard_batch(prompts, mesh)
     gen, fixed = sampling.Generation(6), Fixed(frozen=frozen, ref=top, scorer=Scorer(top=top, head=head))
     arguments = (frozen, state.params.top, prompts.tokens_BP, prompts.mask_BP, jax.random.key(1))
-    compiled = sampling.sample.lower(ARCH, gen, *arguments, 2).compile()
+    compiled = sampling.sample.lower(ARCH, gen, *arguments, 2, True).compile()
     (folder / f"{name}.sample.hlo").write_text(compiled.as_text())
     several = compiled(*arguments)
     found |= named("drawn", several)

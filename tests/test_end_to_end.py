@@ -85,6 +85,7 @@ def test_metrics_name_their_stage_and_hold_no_clock(workdir):
     first = json.loads((workdir / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["ppo/kl"]) < 1e-5  # the policy is still the reference
     assert first["ppo/sampler_gap"] < 1e-4
+    assert first["ppo/trunk_gap"] < 1e-4
 
 
 def test_the_report_is_written(workdir):

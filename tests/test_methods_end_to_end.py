@@ -82,6 +82,7 @@ def test_metrics_of_a_first_step_are_those_of_the_reference(interrupted):
         first = json.loads((path / method / "metrics.jsonl").read_text().splitlines()[0])
         assert abs(first[f"{method}/kl"]) < 1e-5
         assert first[f"{method}/sampler_gap"] < 1e-4
+        assert first[f"{method}/trunk_gap"] < 1e-4
         assert "gold" in "".join(first)
     last = json.loads((path / "dpo" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"dpo/margin", "dpo/accuracy", "dpo/accuracy_id", "dpo/accuracy_ood_news"} <= last.keys()

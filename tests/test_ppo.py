@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import model, optim, ppo, sharding
+from jaxrlhf import model, optim, ppo, rollouts, sharding
 from jaxrlhf.config import Experiment, Mesh, Model, Optim, Ppo
 from jaxrlhf.experiment import architecture
 from jaxrlhf.split import split
@@ -100,7 +100,6 @@ def test_a_rollout_read_in_parts_is_the_whole_rollout(start, freeze_layers, else
 
 
 def test_a_rollout_of_the_samplers_states_is_that_of_the_trunks_own(start):
-    """And the gap that is logged is what they differ by, on real tokens."""
     arch, frozen, policy, seen = start
     fixed = Fixed(frozen=frozen, ref=policy.top, scorer=Scorer(top=policy.top, head=policy.value))
     prompts = PromptBatch(tokens_BP=seen.tokens_BT[:, :4], mask_BP=seen.mask_BT[:, :4], index_B=jnp.arange(6))
@@ -112,13 +111,25 @@ def test_a_rollout_of_the_samplers_states_is_that_of_the_trunks_own(start):
 
     once_BTD = model.trunk(arch, frozen, seen.tokens_BT, seen.mask_BT)
     (whole, metrics), (same, theirs) = score(None), score(once_BTD.at[1, 0].set(99))  # row 1 begins with padding
-    assert "trunk_gap" not in metrics
-    assert float(theirs.pop("trunk_gap")) < 1e-5
     same = same.replace(hidden_BTD=same.hidden_BTD.at[1, 0].set(whole.hidden_BTD[1, 0]))
     for x, y in zip(jax.tree.leaves((whole, metrics)), jax.tree.leaves((same, theirs)), strict=True):
         assert np.allclose(x, y, atol=1e-5)
-    most = float(jnp.abs(once_BTD[0]).max())
-    assert float(score(once_BTD.at[0, 5, 3].add(0.25))[1]["trunk_gap"]) == pytest.approx(0.25 / most, rel=1e-3)
+
+
+def test_the_gap_of_the_samplers_states_is_of_real_tokens_in_shares_of_the_largest(start):
+    arch, frozen, _, seen = start
+    token_BT, mask_BT = seen.tokens_BT[1:], seen.mask_BT[1:]  # the first row begins with padding
+    once_BTD = model.trunk(arch, frozen, token_BT, mask_BT)
+    prompts = PromptBatch(tokens_BP=token_BT[:, :4], mask_BP=mask_BT[:, :4], index_B=jnp.arange(5))
+
+    def gap(hidden_BTD):
+        drawn = Sample(token_BT[:, 4:], mask_BT[:, 4:], seen.logp_BR[1:], jnp.arange(5) > 2, hidden_BTD)
+        return rollouts.trunk_gap(arch, frozen, prompts, drawn)
+
+    assert gap(None) == {}
+    assert float(gap(once_BTD.at[0, 0].set(99))["trunk_gap"]) < 1e-5
+    most = float(jnp.abs(once_BTD[0, 1:]).max())
+    assert float(gap(once_BTD.at[0, 5, 3].add(0.25))["trunk_gap"]) == pytest.approx(0.25 / most, rel=1e-3)
 
 
 @pytest.mark.parametrize("freeze_layers", [0.5, 0.0])

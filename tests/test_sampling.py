@@ -163,6 +163,21 @@ def test_draws_by_hand():
     assert np.allclose(np.exp(logp_M), p_V[np.asarray(token_M)], rtol=1e-5)
 
 
+@pytest.mark.parametrize("most", [True, False])
+def test_draws_always_are_of_a_word_with_mass(most):
+    """Of a large vocabulary of which top-k has left few words, and at the ends of what uniform numbers can be."""
+    rng, V, M = np.random.default_rng(4), 131_071, 512
+    left_MX = rng.integers(0, V, (M, 60))
+    logits_MV = np.full((M, V), attention.MASKED, np.float32)
+    np.put_along_axis(logits_MV, left_MX, rng.normal(0, 3, left_MX.shape).astype(np.float32), 1)
+    uniform_M2 = jnp.full((M, 2), 1 - 2**-23 if most else 0.0, jnp.float32)
+    token_M, logp_M = map(np.asarray, jax.jit(sampling.draw)(logits_MV, uniform_M2))
+    ends_M = (left_MX.max(1) if most else left_MX.min(1)).tolist()
+    assert np.isfinite(logp_M).all()
+    assert np.mean(token_M == ends_M) > 0.9  # a word of next to no mass at the very end may be passed over
+    assert (token_M[:, None] == left_MX).any(1).all()
+
+
 @pytest.mark.parametrize("V", [7, 64, 1009])
 def test_draws_have_the_probabilities_of_the_softmax_and_leave_out_what_has_none(V):
     logits_V = np.random.default_rng(V).normal(0, 2, V).astype(np.float32)
