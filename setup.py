@@ -43,7 +43,8 @@ setup(
         "transformers>=5",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
+        # `splash.py` takes parts of a kernel that later versions may have otherwise.
+        "tpu": ["jax[tpu]>=0.10,<0.11"],
         "gpu": ["jax[cuda12]>=0.10"],
         # The compiler for TPUs, half a gigabyte, for `jaxrlhf plan` where there is none. In an environment of its own:
         # where JAX_PLATFORMS is unset, every JAX process loads it and takes its lock.

@@ -164,55 +164,53 @@ def sample(
     s = _draw(gen, _Decoding(jnp.int32(0), rows, key), logits_MV, M)
     # The last token too is fed back only for the trunk's output at it.
     steps = R if kept else R - 1
-    groups, sizes = _sizes(B, samples)
+    sizes = _sizes(B, samples)
     for size, smaller in pairwise([*sizes, 0]):
 
         def goes_on(s: _Decoding, size: int = size, smaller: int = smaller) -> jax.Array:
-            return (s.step < steps) & (s.rows.going_m.reshape(groups, size).sum(1) > smaller).any()
+            return (s.step < steps) & (s.rows.going_m.reshape(B, size).sum(1) > smaller).any()
 
-        def body(s: _Decoding, prompts: _Prompts = prompts) -> _Decoding:
+        def body(s: _Decoding) -> _Decoding:
             return _draw(gen, *_advance(arch, frozen, top, layers, prompts, s), M)
 
         s = jax.lax.while_loop(goes_on, body, s)
-        drawn = s.rows.drawn if size == sizes[0] else _put(drawn, s.rows, groups)
+        drawn = s.rows.drawn if size == sizes[0] else _put(drawn, s.rows, B)
         if smaller:
-            s, prompts = _fewer(s, prompts, groups, smaller, samples)
+            s = s._replace(rows=_fewer(s.rows, B, smaller))
     if drawn.hidden_BTD is None:
         return drawn
     hidden_MTD = jnp.concatenate([jnp.repeat(hidden_BPD, samples, 0), drawn.hidden_BTD], 1)
     return drawn.replace(hidden_BTD=hidden_MTD)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _put(drawn: Sample, rows: _Rows, groups: int) -> Sample:
+def _put(drawn: Sample, rows: _Rows, B: int) -> Sample:
     """All rows' results, with what is new of those that still go on."""
 
     def put(x_M: jax.Array, x_m: jax.Array) -> jax.Array:
-        x_gN, x_gn = (x.reshape(groups, -1, *x.shape[1:]) for x in (x_M, x_m))
-        place_gn = rows.row_m.reshape(groups, -1) % x_gN.shape[1]
-        return jax.vmap(lambda whole, place, some: whole.at[place].set(some))(x_gN, place_gn, x_gn).reshape(x_M.shape)
+        x_BN, x_Bn = (x.reshape(B, -1, *x.shape[1:]) for x in (x_M, x_m))
+        place_Bn = rows.row_m.reshape(B, -1) % x_BN.shape[1]
+        return jax.vmap(lambda whole, place, some: whole.at[place].set(some))(x_BN, place_Bn, x_Bn).reshape(x_M.shape)
 
     return jax.tree.map(put, drawn, rows.drawn)
 
 
-def _sizes(B: int, samples: int) -> tuple[int, list[int]]:
-    """In how many groups rows leave, so that none has to change devices, and the numbers of rows that a group has."""
-    ways = 1 if B % model.ways() else model.ways()
-    groups, sizes = (B, [samples]) if samples > 1 else (ways, [B // ways])
-    while len(sizes) <= HALVINGS and groups * (half := -(-sizes[-1] // 2)) >= FEWEST and half < sizes[-1]:
+def _sizes(B: int, samples: int) -> list[int]:
+    """Samples of a prompt that go on, from all of them down. Where there is one, its keys would be moved with it."""
+    sizes = [samples]
+    while len(sizes) <= HALVINGS and B * (half := -(-sizes[-1] // 2)) >= FEWEST and half < sizes[-1]:
         sizes.append(half)
-    return groups, sizes
+    return sizes
 
 
-def _fewer(s: _Decoding, prompts: _Prompts, groups: int, size: int, samples: int) -> tuple[_Decoding, _Prompts]:
-    """The rows of each group that go on, and as many others as make `size`, in their order."""
-    order_gk = jnp.argsort(~s.rows.going_m.reshape(groups, -1), axis=1, stable=True)[:, :size]
+def _fewer(rows: _Rows, B: int, size: int) -> _Rows:
+    """Of each prompt's rows those that go on, and as many others as make `size`: none changes devices."""
+    order_Bn = jnp.argsort(~rows.going_m.reshape(B, -1), axis=1, stable=True)[:, :size]
 
     def taken(x: jax.Array) -> jax.Array:
-        some = jax.vmap(lambda x, order_k: x[order_k])(x.reshape(groups, -1, *x.shape[1:]), order_gk)
-        return some.reshape(groups * size, *x.shape[1:])
+        some = jax.vmap(lambda x, order_n: x[order_n])(x.reshape(B, -1, *x.shape[1:]), order_Bn)
+        return some.reshape(B * size, *x.shape[1:])
 
-    prompts = prompts if samples > 1 else jax.tree.map(taken, prompts)
-    return s._replace(rows=jax.tree.map(taken, s.rows)), prompts
+    return jax.tree.map(taken, rows)
 
 
 def _prefill(arch, frozen, top, prompt_BP, mask_BP) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]]]:

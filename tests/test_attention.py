@@ -128,6 +128,17 @@ def test_a_mesh_divides_rows_and_heads_or_there_is_no_kernel():
             assert splash.fits(arch, *shapes) == fits  # pyright: ignore[reportArgumentType]
 
 
+def test_the_mesh_says_what_is_compiled_for_whatever_the_host_has():
+    rows, axes = jax.ShapeDtypeStruct((376, 300, H, K), jnp.bfloat16), ("data", "fsdp", "tensor")
+    keys = jax.ShapeDtypeStruct((376, 300, G, K), jnp.bfloat16)
+    seen = jax.ShapeDtypeStruct((376, 300, 300), jnp.bool_)
+    for platform, kernels in (("cpu", 0), ("tpu", 1)):
+        device = jax.sharding.AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+        mesh = jax.sharding.AbstractMesh((2, 2, 2), axes, (AxisType.Auto,) * 3, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert calls(partial(attention.attention, architecture()), rows, keys, keys, seen) == kernels
+
+
 # Devices of a process are fixed at its start.
 DIVIDED = """
 from functools import partial
