@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf import products
 from jaxrlhf.architecture import Architecture
 
 MASKED = -1e30  # finite, so that a row with every key masked (left padding) stays finite
@@ -31,9 +32,7 @@ def attention(
 
     As many queries as keys are a whole sequence, of which none looks ahead, whatever the mask says.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    # The mesh knows its devices, also where a step is compiled for some that are not there.
-    if (jax.default_backend() if mesh.empty else mesh.abstract_device.platform) == "tpu":
+    if products.platform() == "tpu":
         from jaxrlhf import splash  # a tenth of a second that others need not wait
 
         if splash.fits(arch, q_BTHK, k_BSGK):

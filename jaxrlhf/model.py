@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxrlhf import attention
+from jaxrlhf import attention, products
 from jaxrlhf.architecture import FAMILIES as FAMILIES
 from jaxrlhf.architecture import Architecture
 from jaxrlhf.types import Frozen, Params, Top
@@ -98,23 +98,25 @@ class Block(nn.Module):
 def _attention(
     a: Architecture, x_BTD: jax.Array, position_BT: jax.Array, attend: Attend, pick: Pick
 ) -> tuple[jax.Array, Any]:
-    q_BTHK = nn.DenseGeneral((a.heads, a.head_width), use_bias=a.qkv_bias, name="q")(pick(x_BTD))
-    k_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="k")(x_BTD)
-    v_BTGK = nn.DenseGeneral((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="v")(x_BTD)
+    dense = partial(nn.DenseGeneral, dot_general=products.dot_general)
+    q_BTHK = dense((a.heads, a.head_width), use_bias=a.qkv_bias, name="q")(pick(x_BTD))
+    k_BTGK = dense((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="k")(x_BTD)
+    v_BTGK = dense((a.kv_heads, a.head_width), use_bias=a.qkv_bias, name="v")(x_BTD)
     if a.qk_norm:
         q_BTHK, k_BTGK = Norm(a, name="q_norm")(q_BTHK), Norm(a, name="k_norm")(k_BTGK)
     if a.positions == "rope":
         frequency_K = frequencies(a)
         q_BTHK, k_BTGK = rotate(q_BTHK, pick(position_BT), frequency_K), rotate(k_BTGK, position_BT, frequency_K)
     out_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
-    return nn.DenseGeneral(a.width, axis=(-2, -1), use_bias=a.o_bias, name="o")(out_BTHK), kept
+    return dense(a.width, axis=(-2, -1), use_bias=a.o_bias, name="o")(out_BTHK), kept
 
 
 def _feed_forward(a: Architecture, x_BTD: jax.Array) -> jax.Array:
     act = ACTIVATIONS[a.activation]
-    up_BTF = nn.Dense(a.ff_width, use_bias=a.mlp_bias, name="up")(x_BTD)
-    hidden_BTF = act(nn.Dense(a.ff_width, use_bias=a.mlp_bias, name="gate")(x_BTD)) * up_BTF if a.gated else act(up_BTF)
-    return nn.Dense(a.width, use_bias=a.mlp_bias, name="down")(hidden_BTF)
+    dense = partial(nn.Dense, use_bias=a.mlp_bias, dot_general=products.dot_general)
+    up_BTF = dense(a.ff_width, name="up")(x_BTD)
+    hidden_BTF = act(dense(a.ff_width, name="gate")(x_BTD)) * up_BTF if a.gated else act(up_BTF)
+    return dense(a.width, name="down")(hidden_BTF)
 
 
 def frequencies(arch: Architecture) -> jax.Array:
@@ -299,7 +301,8 @@ def logits(arch: Architecture, frozen: Frozen, top: Top, final_BTD: jax.Array) -
     table_VD = holder.embed["tokens"] if arch.tied else holder.lm_head["kernel"]
     if arch.embed_width:
         final_BTD = final_BTD @ cast(arch, holder.embed["project_out"])
-    logits_BTV = jnp.einsum("...d,vd->...v", final_BTD, cast(arch, table_VD), preferred_element_type=jnp.float32)
+    last = (((final_BTD.ndim - 1,), (0,)), ((), ()))
+    logits_BTV = products.dot_general(final_BTD, cast(arch, table_VD).T, last, preferred_element_type=jnp.float32)
     return attention.softcap(logits_BTV, arch.final_softcap)
 
 
