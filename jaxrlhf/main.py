@@ -299,20 +299,20 @@ def _bench(argv: list[str]) -> None:
         raise UserError("--shape and --config both say what is measured; give one of them")
     what, shape, repeats = extra[0], str(values["shape"].value), int(str(values["repeats"].value))
 
-    def work(step: str, freeze_layers: float = 0.8, uneven: bool = False) -> Work:
+    def work(step: str, freeze_layers: float = 0.8, **texts: Any) -> Work:
         if config is not None:
             return of_recipe(step, recipes.resolve(config))
-        return of_shape(step, shape, freeze_layers, uneven)
+        return of_shape(step, shape, freeze_layers, **texts)
 
     steps = STEPS if what == "all" else (what,) if what != "start" else ()
-    trains = ("sft", "reward") if config is None else ()
+    texts = {"sft": [{}, {"uneven": True}, {"prompt_weight": 1.0}], "reward": [{}, {"uneven": True}]}
     works = []
     for step in steps:
-        works += [work(step, k, u) for u in (False, True) for k in (0.8, 0.0)] if step in trains else [work(step)]
+        several = texts.get(step, ()) if config is None else ()
+        works += [work(step, k, **t) for t in several for k in (0.8, 0.0)] or [work(step)]
     found = []
     for w in works:
-        lengths = ", uneven lengths" if w.uneven else ""
-        say(f"{w.step}, {w.experiment.name}, {w.experiment.model.freeze_layers:g} frozen{lengths}")
+        say(f"{w.title}, {w.experiment.model.freeze_layers:g} frozen")
         found.append(command.measure(w, repeats, with_peers=config is None))
         if what != "all":
             _tell(json.dumps(found[-1]))

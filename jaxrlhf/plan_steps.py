@@ -172,6 +172,9 @@ def _next_token(base: _Base, stage: str) -> Row:
     state = _state(base, tx, base.top)
     shape = (c.batch_size, _length(base))
     batch = SftBatch(*(_array(base, shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
+    if not c.prompt_weight:
+        answers = c.batch_size, base.config.model.response_length
+        batch = batch.replace(before_BQ=_array(base, answers, jnp.int32))  # pyright: ignore[reportAttributeAccessIssue]
     parts = _parts(base, state) | {"batch": batch} | ({} if stage == "pretrain" else {"held": base.top})
     arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
     return _measure(base, stage, c.batch_size, sft.step, arguments, parts)[0]

@@ -30,8 +30,9 @@ def dot_general(
     if platform() != "cpu" or batch or of_w != tuple(range(n)) or of_x != tuple(range(x.ndim - n, x.ndim)):
         return jax.lax.dot_general(x, w, dimension_numbers, precision, preferred_element_type)
     width = math.prod(w.shape[:n])
-    out = _product(preferred_element_type, x.reshape(*x.shape[: x.ndim - n], width), w.reshape(width, -1))
-    return out.reshape(*out.shape[:-1], *w.shape[n:])
+    rows = x.shape[: x.ndim - n]
+    out: Any = _product(preferred_element_type, x.reshape(*rows, width), w.reshape(width, -1))
+    return out.reshape(*rows, *w.shape[n:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -55,7 +56,7 @@ def _backward(dtype: Any, kept: Kept, grad: Any) -> tuple[jax.Array | None, jax.
     """
     x, w_KN = kept
     dx = dw_KN = None
-    if isinstance(grad, jax.custom_derivatives.SymbolicZero):
+    if not isinstance(grad, jax.Array):  # a symbolic zero
         return dx, dw_KN
     if w_KN is not None:
         dx = _plain(grad.dtype, grad, w_KN.T).astype(w_KN.dtype)

@@ -18,12 +18,19 @@ from jaxrlhf.types import Frozen, SftBatch, Top, TrainState
 
 
 def loss(arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """sum(w * -log p) / sum(w) of tokens given those before them, in nats, 0 where all w are; `tokens` is sum(w)."""
+    """sum(w * -log p) / sum(w) of tokens given those before them, in nats, 0 where all w are; `tokens` is sum(w).
+
+    Where the batch says what stands before them, the last block and the output head run on nothing else.
+    """
     hidden_BTD = jax.lax.stop_gradient(model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT))
-    final_BTD = model.run_top(arch, top, batch.tokens_BT, hidden_BTD, batch.mask_BT)[:, :-1]
-    weight_BT = batch.weight_BT[:, 1:].astype(jnp.float32)
-    tokens = weight_BT.sum()
-    total = head.weighted_logp(arch, frozen, top, final_BTD, batch.tokens_BT[:, 1:], weight_BT)
+    asked, pick = (lambda x: x[:, :-1]), None
+    if (before_BQ := batch.before_BQ) is not None:
+        asked = pick = lambda x: jnp.take_along_axis(x, before_BQ.reshape(*before_BQ.shape, *(1,) * (x.ndim - 2)), 1)
+    final_BQD = model.run_top(arch, top, batch.tokens_BT, hidden_BTD, batch.mask_BT, pick)
+    next_BQ, weight_BQ = (asked(jnp.pad(x[:, 1:], ((0, 0), (0, 1)))) for x in (batch.tokens_BT, batch.weight_BT))
+    weight_BQ = weight_BQ.astype(jnp.float32)
+    tokens = weight_BQ.sum()
+    total = head.weighted_logp(arch, frozen, top, final_BQD if pick else asked(final_BQD), next_BQ, weight_BQ)
     value = jnp.where(tokens > 0, -total / jnp.where(tokens > 0, tokens, 1.0), 0.0)
     return value, {"loss": value, "tokens": tokens}
 

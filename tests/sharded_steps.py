@@ -71,7 +71,9 @@ def sft_step(mesh: jax.sharding.Mesh, folder: Path, name: str):
     frozen, top = (sharding.place(x, mesh) for x in split(model.init(ARCH, jax.random.key(0)), 0.5))
     token_BT, mask_BT = rows(1)
     state = optim.new_state(TX, top, mesh)
-    batch = sharding.shard_batch(SftBatch(token_BT, mask_BT, mask_BT * 0.5), mesh)
+    # The last block and the head run on every second position, of each row and so on each device.
+    before_BQ = jnp.tile(jnp.arange(0, token_BT.shape[1] - 1, 2, dtype=jnp.int32), (token_BT.shape[0], 1))
+    batch = sharding.shard_batch(SftBatch(token_BT, mask_BT, mask_BT * 0.5, before_BQ), mesh)
     compiled = sft.step.lower(ARCH, TX, state, frozen, batch).compile()
     (folder / f"{name}.sft.hlo").write_text(compiled.as_text())
     return compiled, frozen, top, state, batch

@@ -220,6 +220,26 @@ def test_a_batch_gets_the_first_shape_that_it_fits():
         assert texts_of(found[step]) == texts_of(packed[step])
 
 
+def test_what_stands_before_the_response_is_what_the_loss_asks_for():
+    """Of the longer text, whose prompt has three tokens and whose response four, and of the shorter after it."""
+    packed = sft(prompt_weight=0)
+    batch = with_shapes(packed, packing.Shape(1, 2, [12], 8))[0]
+    assert batch.tokens_BT.tolist() == [[B, C, D, E, F, A, B, A, B, C, EOS, 0]]
+    assert batch.before_BQ.tolist() == [[2, 3, 4, 5, 8, 9, 11, 11]]
+    assert sft()[0].before_BQ is None
+    # No fewer than there are positions.
+    assert with_shapes(packed, packing.Shape(1, 2, [12], 12))[0].before_BQ is None
+
+
+def test_a_batch_whose_rows_are_asked_for_too_much_gets_another_shape():
+    packed = sft(uneven(), 16, 0, seed=1, prompt_length=8, response_length=4)
+    answers = [int((packed[step].weight_BT > 0).sum()) for step in range(20)]
+    found = with_shapes(packed, packing.Shape(1, 16, [200], 40), packing.Shape(16, 1, [12], 8))
+    shapes = [(1, 40) if n <= 40 else (16, 8) for n in answers]
+    assert len(set(shapes)) == 2
+    assert [found[step].before_BQ.shape for step in range(20)] == shapes
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_texts_are_spread_over_rows_about_as_full(seed):
     """At most 4/3 of the best, which is no less than the mean and the longest; and no row has more than its most."""
@@ -236,7 +256,8 @@ def test_texts_are_spread_over_rows_about_as_full(seed):
 
 def test_texts_of_one_length_have_a_row_each():
     """As wide as they are: wider rows would cost more attention and save nothing."""
-    assert packing.shapes([40] * 9, 12, 1) == [(12, 1, [40] * 4), (12, 1, [40])]
+    assert packing.shapes([40] * 9, 12, 1) == [(12, 1, [40] * 4, 0), (12, 1, [40], 0)]
+    assert packing.shapes([40] * 9, 12, 1, [9] * 9) == [(12, 1, [40] * 4, 16), (12, 1, [40], 16)]
 
 
 @pytest.mark.parametrize(("batch_size", "ways"), [(16, 1), (64, 1), (64, 8), (30, 15)])

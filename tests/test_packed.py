@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import dpo, model, optim, reward, sft
+from jaxrlhf import dpo, model, optim, reward, roofline, sft
 from jaxrlhf.config import Dpo
 from jaxrlhf.data import batches, tokens
 from jaxrlhf.data.packing import Shape
@@ -83,6 +83,25 @@ def test_packed_texts(family, freeze_layers):
     loss = jax.jit(jax.value_and_grad(partial(sft.loss, arch, frozen), has_aux=True))
     packed, alone = (replace(stream, shapes=[s]) for s in (Shape(4, 9, [WIDTH]), Shape(B, 1, [16])))
     near(loss(top, at(packed)), loss(top, at(alone)))
+
+
+@CASES
+@pytest.mark.parametrize("shape", [Shape(4, 9, [WIDTH], 24), Shape(B, 1, [16], 8)])
+def test_prompts_that_weigh_nothing_are_not_asked_for(family, freeze_layers, shape):
+    """The last block and the head run on what predicts responses; loss and gradient are as if they ran on all."""
+    arch, frozen, top = parts_of(family, freeze_layers)
+    text = texts(4)
+    examples = [{"prompt": text(0, 9), "response": text(0, 8)} for _ in range(29)]
+    stream = batches.sft_batches(
+        examples, WORDS, batch_size=B, prompt_length=8, response_length=8, seed=0, prompt_weight=0
+    )
+    batch = at(replace(stream, shapes=[shape]))
+    assert batch.before_BQ.shape == (shape.rows, shape.asked)
+    whole = replace(batch, before_BQ=None)
+    gradient = jax.value_and_grad(partial(sft.loss, arch, frozen), has_aux=True)
+    near(jax.jit(gradient)(top, batch), jax.jit(gradient)(top, whole))
+    fewer, all_flops = (roofline.flops(jax.jit(gradient).trace(top, b).jaxpr) for b in (batch, whole))
+    assert fewer < 0.9 * all_flops
 
 
 @CASES

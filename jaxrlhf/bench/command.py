@@ -182,6 +182,7 @@ def _summary(
     ours = runs["jaxrlhf"]
     return {
         "bench": work.step,
+        "title": work.title,
         "experiment": work.experiment.name,
         "freeze_layers": work.experiment.model.freeze_layers,
         "uneven": work.uneven,
@@ -247,7 +248,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _own_cells(line: Mapping[str, Any]) -> list[str]:
     cells = [
-        f"{line['bench']}, {line['experiment']}{', uneven' if line['uneven'] else ''}",
+        line["title"],
         f"{line['freeze_layers']:g}",
         f"{line['cpu_seconds']:.2f}",
         f"{line['tokens_per_second']:.0f}",

@@ -20,9 +20,10 @@ def least(work: Work, arch: model.Architecture) -> int:
     if work.step == "sample":
         return _sampled(arch, e.sampling.batch_size, e.sampling.samples_per_prompt, P, R)
     if work.step == "sft":
-        texts, frozen_head = [p + q for p, q, _ in work.lengths(e.sft.batch_size)], e.model.freeze_layers > 0
-        blocks = sum(k * _block(arch, 1, n) + _trained(arch, k, 1, n, n) for n in texts)
-        return blocks + (2 if frozen_head else 3) * sum(_head(arch, n - 1) for n in texts)
+        whole, heads = e.sft.prompt_weight > 0, 2 if e.model.freeze_layers else 3
+        # Tokens of each text, and those whose states are asked for.
+        texts = [(p + q, p + q - 1 if whole else q) for p, q, _ in work.lengths(e.sft.batch_size)]
+        return sum(k * _block(arch, 1, n) + _trained(arch, k, 1, n, m) + heads * _head(arch, m) for n, m in texts)
     if work.step == "reward":
         return sum(_pair(arch, k, *lengths) for lengths in work.lengths(e.reward.batch_size))
     B, T = e.ppo.batch_size, P + R

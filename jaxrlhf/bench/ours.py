@@ -100,7 +100,7 @@ def _sample(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> t
 def _sft(work: Work, arch: model.Architecture, frozen: Frozen, top: Top) -> tuple[float, Callable[[], None]]:
     c, mesh = work.experiment.sft, _mesh(work)
     texts = _texts(work, c.batch_size, ("response",))
-    rows = batches.sft_batches(*texts, batch_size=c.batch_size, prompt_weight=1.0, seed=0, **_sizes(work))
+    rows = batches.sft_batches(*texts, batch_size=c.batch_size, prompt_weight=c.prompt_weight, seed=0, **_sizes(work))
     batch = sharding.shard_batch(rows[0], mesh)
     tx = optim.optimizer(c.optim, 1000)
     return _steps(sft.step, arch, tx, optim.new_state(tx, top, _mesh(work)), frozen, batch)

@@ -148,8 +148,12 @@ def _sample(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
 
 def _sft(peer: str, work: Work) -> Callable[[Callable[[], bool]], None]:
     net = _freeze(_policy(work), work.experiment.model.freeze_layers)
-    ids, mask = _rows(work, [p + q for p, q, _ in work.lengths(work.experiment.sft.batch_size)])
+    c = work.experiment.sft
+    lengths = work.lengths(c.batch_size)
+    ids, mask = _rows(work, [p + q for p, q, _ in lengths])
     labels = ids.masked_fill(mask == 0, -100)
+    for row, (prompt, *_) in zip(labels, lengths, strict=True):
+        row[: 0 if c.prompt_weight else prompt] = -100
     return over(
         _training_step(net, lambda: net(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss)
     )

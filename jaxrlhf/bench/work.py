@@ -48,6 +48,14 @@ class Work:
         return json.dumps(asdict(self))
 
     @property
+    def title(self) -> str:
+        """Step, sizes, and what sets it apart from others of them."""
+        notes = [", uneven"] if self.uneven else []
+        if self.step == "sft" and self.experiment.sft.prompt_weight:
+            notes.append(", loss on prompts too")
+        return f"{self.step}, {self.experiment.name}{''.join(notes)}"
+
+    @property
     def row_length(self) -> int:
         """The most tokens of a text of SFT and of the reward model."""
         c = self.experiment.model
@@ -100,7 +108,9 @@ def of_recipe(step: str, experiment: Experiment) -> Work:
     return Work(step, experiment)
 
 
-def of_shape(step: str, shape: str, freeze_layers: float, uneven: bool = False) -> Work:
+def of_shape(
+    step: str, shape: str, freeze_layers: float, uneven: bool = False, prompt_weight: float = Sft.prompt_weight
+) -> Work:
     """A step of an OPT with random weights, at sizes that published models and papers have."""
     layers, width, heads, vocab_size = SHAPES[shape]
     model = Model(
@@ -116,7 +126,7 @@ def of_shape(step: str, shape: str, freeze_layers: float, uneven: bool = False) 
     experiment = Experiment(
         name=shape,
         model=model,
-        sft=Sft(batch_size=16),
+        sft=Sft(batch_size=16, prompt_weight=prompt_weight),
         reward=Reward(batch_size=8),
         ppo=Ppo(batch_size=64, epochs=4, minibatches=4),
         sampling=Sampling(batch_size=8, samples_per_prompt=16),

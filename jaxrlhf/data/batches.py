@@ -57,7 +57,7 @@ class _Packed:
     orders: Sequence[Any]  # of items
     batch_size: int
     shapes: Sequence[packing.Shape]  # the last fits all batches
-    collate: Callable[[Sequence[Sequence[Item]], int, int], Any]  # of rows, their width, and the most items of one
+    collate: Callable[[Sequence[Sequence[Item]], int, packing.Shape], Any]  # of rows, as wide as given
 
     def __getitem__(self, step: int) -> Any:
         return _whole(self, step)
@@ -65,23 +65,31 @@ class _Packed:
     def parts(self, step: int) -> tuple[int, Callable[[Sequence[int]], Any]]:
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
         drawn = [[items[i] for i in places] for items in self.orders]
-        packed, width, most = next(fit for shape in self.shapes if (fit := _fitted(drawn, shape)))
-        return len(packed), lambda rows: self.collate([packed[r] for r in rows], width, most)
+        packed, width, shape = next(fit for shape in self.shapes if (fit := _fitted(drawn, shape)))
+        return len(packed), lambda rows: self.collate([packed[r] for r in rows], width, shape)
 
 
-def _fitted(drawn: Sequence[Sequence[Item]], shape: packing.Shape) -> tuple[list[list[Item]], int, int] | None:
-    """Rows, their least width, and the most items of one; None where no width is enough."""
+def _fitted(
+    drawn: Sequence[Sequence[Item]], shape: packing.Shape
+) -> tuple[list[list[Item]], int, packing.Shape] | None:
+    """Rows and their least width in a shape; None where no width is enough, or a row is asked for too much."""
     packed = []
     for items in drawn:
         rows = packing.spread([_size(item) for item in items], shape.rows, shape.most)
         packed += [[items[i] for i in row] for row in rows]
     needed = max(sum(map(_size, row)) for row in packed)
     width = next((w for w in shape.widths if w >= needed), None)
-    return None if width is None else (packed, width, shape.most)
+    if width is None or (shape.asked and max(sum(map(_answer, row)) for row in packed) > shape.asked):
+        return None
+    return packed, width, shape
 
 
 def _size(item: Item) -> int:
     return sum(map(len, item))
+
+
+def _answer(item: Item) -> int:
+    return len(item[1])
 
 
 def _whole(stream: Batches, step: int) -> Any:
@@ -137,11 +145,13 @@ def sft_batches(
     Examples are packed: several share a row, and see nothing of each other, so that loss and gradient are those of a
     row each. The number of rows is a multiple of `ways`, as is B.
     `weight_BT` is `prompt_weight` on the prompt, 1 on the response and its end-of-text, 0 on padding and on the first
-    token. Every epoch visits each example once, in another order; a batch may reach into the next epoch.
+    token; where prompts weigh nothing, `before_BQ` says what the loss needs. Every epoch visits each example once, in
+    another order; a batch may reach into the next epoch.
     """
     texts = _examples(examples, tokenizer, prompt_length, response_length)
-    collate = lambda rows, width, _: _sft(rows, width, prompt_weight, tokenizer.pad_id)  # noqa: E731
-    return _packed(texts, batch_size, [seed], ways, collate)
+    asked = () if prompt_weight else [_answer(text) for text in texts]
+    collate = lambda rows, width, shape: _sft(rows, width, prompt_weight, tokenizer.pad_id, shape.asked)  # noqa: E731
+    return _packed(texts, batch_size, [seed], ways, collate, asked)
 
 
 def eval_sft_batches(
@@ -150,7 +160,8 @@ def eval_sft_batches(
     """All examples once, in order, with the number of valid rows of each batch; repeated rows weigh nothing."""
     rows = _examples(examples, tokenizer, prompt_length, response_length)
     for chosen, valid in _in_order(rows, batch_size):
-        batch = _sft([[text] for text in chosen], prompt_length + response_length, 0.0, tokenizer.pad_id)
+        width = prompt_length + response_length
+        batch = _sft([[text] for text in chosen], width, 0.0, tokenizer.pad_id, response_length)
         batch.weight_BT[valid:] = 0  # pyright: ignore[reportIndexIssue]
         yield batch, valid
 
@@ -170,7 +181,7 @@ def pair_batches(
     They are packed and drawn as `sft_batches` has it; no row has pairs of two seeds, and each seed has as many rows.
     """
     items = _pairs(pairs, tokenizer, prompt_length, response_length)
-    collate = lambda rows, width, most: _pair_batch(rows, width, most, tokenizer.pad_id)  # noqa: E731
+    collate = lambda rows, width, shape: _pair_batch(rows, width, shape.most, tokenizer.pad_id)  # noqa: E731
     return _packed(items, batch_size, seeds, ways, collate)
 
 
@@ -230,9 +241,14 @@ def _prompts(records: Iterable[Record], tokenizer: Tokenizer, prompt_length: int
 
 
 def _packed(
-    items: Sequence[Item], batch_size: int, seeds: Sequence[int], ways: int, collate: Callable[..., Any]
+    items: Sequence[Item],
+    batch_size: int,
+    seeds: Sequence[int],
+    ways: int,
+    collate: Callable[..., Any],
+    asked: Sequence[int] = (),
 ) -> Any:
-    shapes = packing.shapes([_size(item) for item in items], batch_size, ways)
+    shapes = packing.shapes([_size(item) for item in items], batch_size, ways, asked)
     return _Packed([_endless(items, seed) for seed in seeds], batch_size, shapes, collate)
 
 
@@ -250,7 +266,7 @@ def _in_order(rows: list, batch_size: int) -> Iterator[tuple[list, int]]:
         yield chosen + [rows[0]] * (batch_size - len(chosen)), len(chosen)
 
 
-def _sft(rows: Sequence[Sequence[Item]], width: int, prompt_weight: float, pad_id: int) -> SftBatch:
+def _sft(rows: Sequence[Sequence[Item]], width: int, prompt_weight: float, pad_id: int, asked: int) -> SftBatch:
     tokens_BT, mask_BT = pad([[i for p, q in texts for i in p + q] for texts in rows], width, pad_id)
     weight_BT = np.zeros_like(mask_BT)
     for b, texts in enumerate(rows):
@@ -261,7 +277,17 @@ def _sft(rows: Sequence[Sequence[Item]], width: int, prompt_weight: float, pad_i
             weight_BT[b, start:answer], weight_BT[b, answer:end] = prompt_weight, 1
             weight_BT[b, start : start + 1] = 0  # nothing comes before the first token to predict it from
             start = end
-    return SftBatch(tokens_BT=tokens_BT, mask_BT=mask_BT, weight_BT=weight_BT)  # pyright: ignore[reportArgumentType]
+    before_BQ = _before(weight_BT, asked) if 0 < asked < width else None
+    return SftBatch(tokens_BT, mask_BT, weight_BT, before_BQ)  # pyright: ignore[reportArgumentType]
+
+
+def _before(weight_BT: np.ndarray, asked: int) -> np.ndarray:
+    """As `SftBatch` has it: the last position is before none."""
+    before_BQ = np.full((len(weight_BT), asked), weight_BT.shape[1] - 1, np.int32)
+    for before_Q, weight_T in zip(before_BQ, weight_BT, strict=True):
+        found = np.flatnonzero(weight_T) - 1
+        before_Q[: len(found)] = found
+    return before_BQ
 
 
 def _pair_batch(rows: Sequence[Sequence[Item]], width: int, most: int, pad_id: int) -> PairBatch:

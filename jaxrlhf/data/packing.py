@@ -22,6 +22,7 @@ class Shape(NamedTuple):
     rows: int
     most: int  # texts in a row
     widths: Sequence[int]  # ascending
+    asked: int = 0  # tokens in a row that the loss asks for, at most; 0 = of any number
 
 
 def spread(lengths: Sequence[int], rows: int, most: int) -> list[list[int]]:
@@ -41,25 +42,30 @@ def spread(lengths: Sequence[int], rows: int, most: int) -> list[list[int]]:
     return placed
 
 
-def shapes(lengths: Sequence[int], batch_size: int, ways: int) -> list[Shape]:
+def shapes(lengths: Sequence[int], batch_size: int, ways: int, asked: Sequence[int] = ()) -> list[Shape]:
     """What batches of `batch_size` texts drawn from `lengths` are packed into: the first shape that fits.
 
     Few, as each is compiled once: four widths, each for about a quarter of all batches, of that number of rows with
-    which they cost least; and a row each, for a batch in a hundred. Numbers of rows are multiples of `ways`.
+    which they cost least; and a row each, for a batch in a hundred. Numbers of rows are multiples of `ways`. The loss
+    asks for `asked` of each text's tokens; none given = for any number.
     """
-    rng, sizes = np.random.default_rng(0), np.asarray(lengths)
-    drawn = [rng.choice(sizes, batch_size).tolist() for _ in range(TRIES)]
+    rng, sizes = np.random.default_rng(0), np.asarray([lengths, asked or [0] * len(lengths)])
+    drawn = [sizes[:, rng.integers(0, len(lengths), batch_size)].tolist() for _ in range(TRIES)]
     numbers = {min(rounded(-(-batch_size // n), ways), batch_size) for n in range(1, SHARED + 1)}
-    found = [_shape(drawn, rows) for rows in sorted(numbers, reverse=True)]
+    found = [_shape(drawn, rows, batch_size) for rows in sorted(numbers, reverse=True)]
     best = min(found, key=lambda shape: sum(shape.rows * width * (1 + width / HALF) for width in shape.widths))
-    return [best, Shape(batch_size, 1, [rounded(max(lengths), WIDTHS)])]
+    return [best, Shape(batch_size, 1, [rounded(max(lengths), WIDTHS)], rounded(max(asked, default=0), WIDTHS))]
 
 
-def _shape(drawn: Sequence[Sequence[int]], rows: int) -> Shape:
-    alone = rows == len(drawn[0])
-    most = 1 if alone else 2 * -(-len(drawn[0]) // rows)
-    needed = sorted(max(sum(n[i] for i in row) for row in spread(n, rows, most)) for n in drawn)
-    return Shape(rows, most, [rounded(needed[TRIES * q // 4 - 1], WIDTHS) for q in (1, 2, 3, 4)])
+def _shape(drawn: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int, batch_size: int) -> Shape:
+    most = 1 if rows == batch_size else 2 * -(-batch_size // rows)
+    placed = [spread(lengths, rows, most) for lengths, _ in drawn]
+    length, asked = (
+        sorted(max(sum(of[n][i] for i in row) for row in batch) for of, batch in zip(drawn, placed, strict=True))
+        for n in (0, 1)
+    )
+    widths = [rounded(length[TRIES * q // 4 - 1], WIDTHS) for q in (1, 2, 3, 4)]
+    return Shape(rows, most, widths, rounded(asked[-1], WIDTHS))
 
 
 def rounded(number: int, step: int) -> int:
