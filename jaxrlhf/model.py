@@ -301,8 +301,8 @@ def logits(arch: Architecture, frozen: Frozen, top: Top, final_BTD: jax.Array) -
     table_VD = holder.embed["tokens"] if arch.tied else holder.lm_head["kernel"]
     if arch.embed_width:
         final_BTD = final_BTD @ cast(arch, holder.embed["project_out"])
-    last = (((final_BTD.ndim - 1,), (0,)), ((), ()))
-    logits_BTV = products.dot_general(final_BTD, cast(arch, table_VD).T, last, preferred_element_type=jnp.float32)
+    last = (((final_BTD.ndim - 1,), (1,)), ((), ()))
+    logits_BTV = products.dot_general(final_BTD, cast(arch, table_VD), last, preferred_element_type=jnp.float32)
     return attention.softcap(logits_BTV, arch.final_softcap)
 
 

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrlhf import dpo, groups, hlo, model, optim, policies, ppo, reward, roofline, sampling, sft, sharding
 from jaxrlhf.config import Experiment, Grpo, Ppo, Rloo
+from jaxrlhf.data import packing
 from jaxrlhf.split import split
 from jaxrlhf.types import ActorCritic, Ensemble, Fixed, PairBatch, PromptBatch, Sample, ScalarHead, Scorer, SftBatch
 
@@ -172,9 +173,10 @@ def _next_token(base: _Base, stage: str) -> Row:
     state = _state(base, tx, base.top)
     shape = (c.batch_size, _length(base))
     batch = SftBatch(*(_array(base, shape, d) for d in (jnp.int32, jnp.float32, jnp.float32)))
-    if not c.prompt_weight:
-        answers = c.batch_size, base.config.model.response_length
-        batch = batch.replace(before_BQ=_array(base, answers, jnp.int32))  # pyright: ignore[reportAttributeAccessIssue]
+    answers = 0 if c.prompt_weight else base.config.model.response_length
+    if packing.picks(answers, shape[1]):
+        before_BQ = _array(base, (c.batch_size, answers), jnp.int32)
+        batch = batch.replace(before_BQ=before_BQ)  # pyright: ignore[reportAttributeAccessIssue]
     parts = _parts(base, state) | {"batch": batch} | ({} if stage == "pretrain" else {"held": base.top})
     arguments = (base.arch, tx, state, base.frozen, batch, c.optim.accumulate)
     return _measure(base, stage, c.batch_size, sft.step, arguments, parts)[0]

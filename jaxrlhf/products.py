@@ -1,4 +1,4 @@
-"""Products with a matrix of parameters, whose gradient is taken as CPUs take it fastest."""
+"""Products with a matrix of parameters, whose gradient is taken as CPUs take it fastest; I of inputs, O of outputs."""
 
 from __future__ import annotations
 
@@ -21,54 +21,58 @@ def platform() -> str:
 def dot_general(
     x: jax.Array, w: jax.Array, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
 ) -> jax.Array:
-    """`jax.lax.dot_general` as Flax's layers call it; on CPUs with the gradient below.
+    """`jax.lax.dot_general`; on CPUs with the gradient below, and then without forward-mode differentiation.
 
-    There, the last axes of `x` are multiplied with the first of `w`, and nothing else is asked for.
+    So where the last axes of `x` are multiplied with the first of `w`, as Flax's layers do, or with the last of a
+    matrix, as output heads do.
     """
     (of_x, of_w), (batch, _) = dimension_numbers
-    n = len(of_x)
-    if platform() != "cpu" or batch or of_w != tuple(range(n)) or of_x != tuple(range(x.ndim - n, x.ndim)):
+    n, last = len(of_x), w.ndim == 2 and of_w == (1,)
+    ours = of_x == tuple(range(x.ndim - n, x.ndim)) and (last or of_w == tuple(range(n)))
+    if platform() != "cpu" or not ours or batch or precision is not None or x.dtype != w.dtype:
         return jax.lax.dot_general(x, w, dimension_numbers, precision, preferred_element_type)
-    width = math.prod(w.shape[:n])
-    rows = x.shape[: x.ndim - n]
-    out: Any = _product(preferred_element_type, x.reshape(*rows, width), w.reshape(width, -1))
+    if last:
+        return _product(preferred_element_type, 1, x, w)  # pyright: ignore[reportReturnType]
+    rows, width = x.shape[: x.ndim - n], math.prod(w.shape[:n])
+    out: Any = _product(preferred_element_type, 0, x.reshape(*rows, width), w.reshape(width, -1))
     return out.reshape(*rows, *w.shape[n:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(dtype: Any, x: jax.Array, w_KN: jax.Array) -> jax.Array:
-    return _plain(dtype, x, w_KN)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(dtype: Any, axis: int, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _plain(dtype, axis, x, w)
 
 
-def _plain(dtype: Any, x: jax.Array, w_KN: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x, w_KN, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+def _plain(dtype: Any, axis: int, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=dtype)
 
 
-def _forward(dtype: Any, x: Any, w_KN: Any) -> tuple[jax.Array, Kept]:
-    kept = x.value if w_KN.perturbed else None, w_KN.value if x.perturbed else None
-    return _plain(dtype, x.value, w_KN.value), kept  # not `_product`, which `model.REMAT` would not know to keep
+def _forward(dtype: Any, axis: int, x: Any, w: Any) -> tuple[jax.Array, Kept]:
+    kept = x.value if w.perturbed else None, w.value if x.perturbed else None
+    return _plain(dtype, axis, x.value, w.value), kept  # not `_product`, which `model.REMAT` would not know to keep
 
 
-def _backward(dtype: Any, kept: Kept, grad: Any) -> tuple[jax.Array | None, jax.Array | None]:
+def _backward(dtype: Any, axis: int, kept: Kept, grad: Any) -> tuple[jax.Array | None, jax.Array | None]:
     """XLA's fast products on CPUs sum over the last axis of their left side alone; others take up to twice as long.
 
     The gradient of the matrix sums over the first axis of both, so the narrower side is copied, transposed, for it.
     """
-    x, w_KN = kept
-    dx = dw_KN = None
+    x, w = kept
+    dx = dw = None
     if not isinstance(grad, jax.Array):  # a symbolic zero
-        return dx, dw_KN
-    if w_KN is not None:
-        dx = _plain(grad.dtype, grad, w_KN.T).astype(w_KN.dtype)
+        return dx, dw
+    if w is not None:
+        dx = _plain(grad.dtype, 1 - axis, grad, w).astype(w.dtype)
     if x is not None:
-        x_MK, grad_MN = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        apart = jax.lax.optimization_barrier  # or XLA takes the copy away
-        if x_MK.shape[1] <= grad_MN.shape[1]:
-            dw_KN = apart(_plain(grad.dtype, apart(x_MK.T), grad_MN))
+        x_MI, grad_MO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        # Else XLA takes the copy away, and where the result is transposed turns the whole product round.
+        apart = jax.lax.optimization_barrier
+        if x_MI.shape[1] <= grad_MO.shape[1]:
+            dw = apart(_plain(grad.dtype, 0, apart(x_MI.T), grad_MO))
         else:
-            dw_KN = apart(_plain(grad.dtype, apart(grad_MN.T), x_MK)).T
-        dw_KN = dw_KN.astype(x.dtype)
-    return dx, dw_KN
+            dw = apart(_plain(grad.dtype, 0, apart(grad_MO.T), x_MI)).T
+        dw = (dw.T if axis else dw).astype(x.dtype)
+    return dx, dw
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)

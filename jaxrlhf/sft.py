@@ -23,16 +23,23 @@ def loss(arch: model.Architecture, frozen: Frozen, top: Top, batch: SftBatch) ->
     Where the batch says what stands before them, the last block and the output head run on nothing else.
     """
     hidden_BTD = jax.lax.stop_gradient(model.trunk(arch, frozen, batch.tokens_BT, batch.mask_BT))
-    asked, pick = (lambda x: x[:, :-1]), None
-    if (before_BQ := batch.before_BQ) is not None:
-        asked = pick = lambda x: jnp.take_along_axis(x, before_BQ.reshape(*before_BQ.shape, *(1,) * (x.ndim - 2)), 1)
+    next_BT, weight_BT = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens_BT, batch.weight_BT))
+    pick, next_BQ, weight_BQ = None, next_BT, weight_BT.astype(jnp.float32)  # all, where nothing is picked
+    if batch.before_BQ is not None:
+        pick = partial(_at, batch.before_BQ)
+        next_BQ, weight_BQ = pick(next_BQ), pick(weight_BQ)
     final_BQD = model.run_top(arch, top, batch.tokens_BT, hidden_BTD, batch.mask_BT, pick)
-    next_BQ, weight_BQ = (asked(jnp.pad(x[:, 1:], ((0, 0), (0, 1)))) for x in (batch.tokens_BT, batch.weight_BT))
-    weight_BQ = weight_BQ.astype(jnp.float32)
     tokens = weight_BQ.sum()
-    total = head.weighted_logp(arch, frozen, top, final_BQD if pick else asked(final_BQD), next_BQ, weight_BQ)
+    total = head.weighted_logp(arch, frozen, top, final_BQD, next_BQ, weight_BQ)
     value = jnp.where(tokens > 0, -total / jnp.where(tokens > 0, tokens, 1.0), 0.0)
     return value, {"loss": value, "tokens": tokens}
+
+
+def _at(place_BQ: jax.Array, x: jax.Array) -> jax.Array:
+    """[B, Q, ...] of [B, T, ...]."""
+    if place_BQ.shape[1] >= x.shape[1]:  # attention would take the picked queries for a whole sequence
+        raise ValueError(f"before_BQ has {place_BQ.shape[1]} of {x.shape[1]} positions; it is for fewer than all")
+    return jnp.take_along_axis(x, place_BQ.reshape(*place_BQ.shape, *(1,) * (x.ndim - 2)), 1)
 
 
 @partial(jax.jit, static_argnames=("arch", "tx", "parts"), donate_argnames=("state",))

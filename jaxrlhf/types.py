@@ -18,7 +18,7 @@ class SftBatch:
     tokens_BT: jax.Array  # int32
     mask_BT: jax.Array  # f32, 1 = real token; of several texts in a row 1, 2, ..., as `model.causal` has it
     weight_BT: jax.Array  # f32, the loss weight of predicting this token (0 on padding)
-    # int32, ascending: what stands before tokens that weigh anything, then the last position. None = all positions
+    # int32, fewer than T, ascending: what stands before tokens that weigh anything, then the last. None = all positions
     before_BQ: jax.Array | None = None
 
 

@@ -27,6 +27,9 @@ def streams():
     pairs = [batches.pair_batches(RECORDS, LETTERS, batch_size=8, seeds=s, ways=4, **SIZES) for s in ([2], [2, 3])]
     return {
         "sft": batches.sft_batches(RECORDS, LETTERS, batch_size=32, prompt_weight=0.5, seed=1, ways=4, **SIZES),
+        "sft on responses": batches.sft_batches(
+            RECORDS, LETTERS, batch_size=32, prompt_weight=0, seed=1, ways=4, **SIZES
+        ),
         "prompts": batches.prompt_batches(RECORDS, LETTERS, batch_size=8, prompt_length=6, seed=5),
         "pairs": pairs[0],
         "joined": pairs[1],

@@ -91,7 +91,8 @@ def steps(mesh: jax.sharding.Mesh, folder: Path, name: str) -> None:
     found |= named("sft", (metrics, state.params))
 
     none, everything = (sharding.place(x, mesh) for x in split(model.init(ARCH, jax.random.key(0)), 0.0))
-    state, metrics = sft.step(ARCH, TX, optim.new_state(TX, everything, mesh), none, batch)
+    whole = batch.replace(before_BQ=None)
+    state, metrics = sft.step(ARCH, TX, optim.new_state(TX, everything, mesh), none, whole)
     found |= named("sft of all", (metrics, state.params))
 
     state = optim.new_state(TX, Scorer(top=top, head=head), mesh)

@@ -53,10 +53,20 @@ def after(step, params, batch, parts):
     return state.params, metrics
 
 
-def test_sft_in_parts_is_the_step_of_the_whole_batch():
-    found, wanted = (after(sft.step, TOP, sft_batch(), n) for n in (3, 1))
+@pytest.mark.parametrize("asked", [False, True])
+def test_sft_in_parts_is_the_step_of_the_whole_batch(asked):
+    """Also where the loss asks for other positions of each row."""
+    batch = sft_batch()
+    if asked:
+        before_BQ = jnp.sort(
+            jnp.asarray(np.random.default_rng(2).permuted(np.tile(np.arange(11), (6, 1)), axis=1)[:, :5])
+        )
+        after_BT = jax.nn.one_hot(before_BQ + 1, 12).sum(1)
+        batch = batch.replace(weight_BT=batch.weight_BT * after_BT, before_BQ=before_BQ)
+    found, wanted = (after(sft.step, TOP, batch, n) for n in (3, 1))
     near(found, wanted)
-    np.testing.assert_allclose(found[1]["tokens"], sft_batch().weight_BT[:, 1:].sum(), rtol=1e-6)
+    near(wanted, after(sft.step, TOP, batch.replace(before_BQ=None), 1))
+    np.testing.assert_allclose(found[1]["tokens"], batch.weight_BT[:, 1:].sum(), rtol=1e-6)
 
 
 def test_parts_count_by_their_tokens_not_alike():

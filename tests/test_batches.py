@@ -227,17 +227,19 @@ def test_what_stands_before_the_response_is_what_the_loss_asks_for():
     assert batch.tokens_BT.tolist() == [[B, C, D, E, F, A, B, A, B, C, EOS, 0]]
     assert batch.before_BQ.tolist() == [[2, 3, 4, 5, 8, 9, 11, 11]]
     assert sft()[0].before_BQ is None
-    # No fewer than there are positions.
-    assert with_shapes(packed, packing.Shape(1, 2, [12], 12))[0].before_BQ is None
+    # Of a row of 16, 10 are few enough to be worth it.
+    found = [with_shapes(packed, packing.Shape(1, 2, [16], n))[0].before_BQ for n in (10, 11)]
+    assert (found[0].shape, found[1]) == ((1, 10), None)
 
 
-def test_a_batch_whose_rows_are_asked_for_too_much_gets_another_shape():
+def test_a_batch_that_asks_for_more_than_others_gets_all_positions():
     packed = sft(uneven(), 16, 0, seed=1, prompt_length=8, response_length=4)
     answers = [int((packed[step].weight_BT > 0).sum()) for step in range(20)]
-    found = with_shapes(packed, packing.Shape(1, 16, [200], 34), packing.Shape(16, 1, [12], 8))
-    shapes = [(1, 34) if n <= 34 else (16, 8) for n in answers]
-    assert len(set(shapes)) == 2
-    assert [found[step].before_BQ.shape for step in range(20)] == shapes
+    found = with_shapes(packed, packing.Shape(1, 16, [200], 34))
+    wanted = [(1, 34) if n <= 34 else None for n in answers]
+    assert len(set(wanted)) == 2
+    asked = [found[step].before_BQ for step in range(20)]
+    assert [x if x is None else x.shape for x in asked] == wanted
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -337,3 +339,4 @@ def test_evaluation_drops_nothing_and_counts_nothing_twice(batch_size, valid):
     assert [n for _, n in found] == valid
     assert [t for batch, n in found for t in first_prompts(batch)[:n]] == list(range(4, 11))
     assert sum(batch.weight_BT.sum() for batch, _ in found) == 7 * 2  # response and end-of-text of each, once
+    assert all(batch.before_BQ.tolist() == [[0, 1, 6, 6]] * batch_size for batch, _ in found)

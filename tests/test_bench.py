@@ -46,12 +46,20 @@ def test_the_least_of_a_block_by_hand():
 
 @pytest.mark.parametrize("freeze_layers", [0.8, 0.0])
 @pytest.mark.parametrize(
-    ("step", "uneven"),
-    [("sample", False), ("sft", False), ("sft", True), ("reward", False), ("reward", True), ("ppo", False)],
+    ("step", "texts"),
+    [
+        ("sample", {}),
+        ("sft", {}),
+        ("sft", {"uneven": True}),
+        ("sft", {"prompt_weight": 1.0}),
+        ("reward", {}),
+        ("reward", {"uneven": True}),
+        ("ppo", {}),
+    ],
 )
-def test_programs_do_little_more_than_the_least(step, uneven, freeze_layers):
+def test_programs_do_little_more_than_the_least(step, texts, freeze_layers):
     """Within 15 % at the sizes that are measured; traced, not run. Packed rows are not quite full."""
-    work = of_shape(step, "small", freeze_layers, uneven)
+    work = of_shape(step, "small", freeze_layers, **texts)
     arch, flops = ours.architecture(work), []
 
     def program(key):
@@ -59,7 +67,19 @@ def test_programs_do_little_more_than_the_least(step, uneven, freeze_layers):
         flops.append(ours.PROGRAMS[step](work, arch, frozen, top)[0])
 
     jax.eval_shape(program, jax.random.key(0))
-    assert 1 <= flops[0] / floor.least(work, arch) < (1.35 if uneven else 1.15)
+    assert 1 <= flops[0] / floor.least(work, arch) < (1.35 if work.uneven else 1.15)
+
+
+def test_prompts_without_weight_are_left_out_where_their_states_are_not_needed():
+    """The head runs on 48 of 255 predictions; each piece of work says which of both it is."""
+    on_both, on_responses = (of_shape("sft", "small", 0.8, prompt_weight=w) for w in (1.0, 0.0))
+    arch = ours.architecture(on_both)
+    last = floor._trained(arch, 7, 16, 256, 255) - floor._trained(arch, 7, 16, 256, 48)
+    heads = 2 * floor._head(arch, 16 * (255 - 48))
+    assert floor.least(on_both, arch) - floor.least(on_responses, arch) == last + heads
+    assert [w.title for w in (on_both, on_responses)] == ["sft, small, loss on prompts too", "sft, small"]
+    assert of_shape("sft", "small", 0.8, uneven=True).title == "sft, small, uneven"
+    assert command.Work.read(str(on_both)) == on_both
 
 
 def test_a_pair_needs_its_prompt_once():

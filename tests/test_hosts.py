@@ -201,7 +201,7 @@ def agreed(tmp_path_factory):
 
 def test_a_process_makes_the_rows_of_its_own_devices(agreed):
     """Of 4 packed rows, of 8, for every mesh; and together they are the batch that one process makes."""
-    whole = {"sft": 4, "prompts": 8, "pairs": 4, "joined": 8}
+    whole = {"sft": 4, "sft on responses": 4, "prompts": 8, "pairs": 4, "joined": 8}
     for found in agreed[0]:
         for mesh, rows in found["rows"].items():
             share = 1 if mesh == "(1, 1, 4)" else 2  # there each device has every row

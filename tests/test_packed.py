@@ -13,7 +13,7 @@ from jaxrlhf.config import Dpo
 from jaxrlhf.data import batches, tokens
 from jaxrlhf.data.packing import Shape
 from jaxrlhf.split import split
-from jaxrlhf.types import Ensemble, ScalarHead, Scorer
+from jaxrlhf.types import Ensemble, ScalarHead, Scorer, SftBatch
 
 WORDS = tokens.word_tokenizer([chr(ord("a") + i) for i in range(26)])
 B, WIDTH = 11, 40
@@ -97,11 +97,19 @@ def test_prompts_that_weigh_nothing_are_not_asked_for(family, freeze_layers, sha
     )
     batch = at(replace(stream, shapes=[shape]))
     assert batch.before_BQ.shape == (shape.rows, shape.asked)
+    assert batch.before_BQ.shape[1] < batch.tokens_BT.shape[1]
     whole = replace(batch, before_BQ=None)
     gradient = jax.value_and_grad(partial(sft.loss, arch, frozen), has_aux=True)
     near(jax.jit(gradient)(top, batch), jax.jit(gradient)(top, whole))
     fewer, all_flops = (roofline.flops(jax.jit(gradient).trace(top, b).jaxpr) for b in (batch, whole))
     assert fewer < 0.9 * all_flops
+
+
+def test_as_many_positions_as_there_are_are_refused():
+    arch, frozen, top = parts_of("llama", 0.5)
+    given = jnp.ones((2, 6), jnp.int32)
+    with pytest.raises(ValueError, match="before_BQ has 6 of 6 positions"):
+        sft.loss(arch, frozen, top, SftBatch(given, given * 1.0, given * 1.0, given))
 
 
 @CASES

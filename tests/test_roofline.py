@@ -35,7 +35,7 @@ def sft_flops(freeze: float, remat: str = "none") -> float:
 
 def test_flops_of_sft_by_hand():
     block = 2 * B * T * (2 * D * H * K + 2 * D * G * K + 3 * D * F) + 2 * (2 * B * T * T * H * K)
-    head = 2 * B * (T - 1) * D * V
+    head = 2 * B * T * D * V
     # Forward once; backward twice of what is trained, whose inputs have gradients too; of a frozen head, once.
     assert sft_flops(0.5) == L * block + 2 * (L // 2) * block + 2 * head
     assert sft_flops(0.0) == 3 * L * block + 3 * head

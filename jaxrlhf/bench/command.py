@@ -186,6 +186,7 @@ def _summary(
         "experiment": work.experiment.name,
         "freeze_layers": work.experiment.model.freeze_layers,
         "uneven": work.uneven,
+        **({"prompt_weight": work.experiment.sft.prompt_weight} if work.step == "sft" else {}),
         "device": own["device"],
         "repeats": len(ours),
         "tokens_per_second": round(work.tokens / median(r["seconds"] for r in ours), 1),

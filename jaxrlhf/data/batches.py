@@ -72,16 +72,17 @@ class _Packed:
 def _fitted(
     drawn: Sequence[Sequence[Item]], shape: packing.Shape
 ) -> tuple[list[list[Item]], int, packing.Shape] | None:
-    """Rows and their least width in a shape; None where no width is enough, or a row is asked for too much."""
+    """Rows, their least width, and the shape, with any number asked for where a row has more; None if it fits none."""
     packed = []
     for items in drawn:
         rows = packing.spread([_size(item) for item in items], shape.rows, shape.most)
         packed += [[items[i] for i in row] for row in rows]
     needed = max(sum(map(_size, row)) for row in packed)
     width = next((w for w in shape.widths if w >= needed), None)
-    if width is None or (shape.asked and max(sum(map(_answer, row)) for row in packed) > shape.asked):
+    if width is None:
         return None
-    return packed, width, shape
+    more = shape.asked and max(sum(map(_answer, row)) for row in packed) > shape.asked
+    return packed, width, shape._replace(asked=0) if more else shape
 
 
 def _size(item: Item) -> int:
@@ -277,7 +278,7 @@ def _sft(rows: Sequence[Sequence[Item]], width: int, prompt_weight: float, pad_i
             weight_BT[b, start:answer], weight_BT[b, answer:end] = prompt_weight, 1
             weight_BT[b, start : start + 1] = 0  # nothing comes before the first token to predict it from
             start = end
-    before_BQ = _before(weight_BT, asked) if 0 < asked < width else None
+    before_BQ = _before(weight_BT, asked) if packing.picks(asked, width) else None
     return SftBatch(tokens_BT, mask_BT, weight_BT, before_BQ)  # pyright: ignore[reportArgumentType]
 
 

@@ -14,6 +14,12 @@ WIDTHS = 8  # what rows' widths are multiples of
 # Width of a row at which attention costs as much as all else: 2,500 as measured in SFT at model width 512 on CPUs. It
 # is more for wider models, and less where attention waits for memory.
 HALF = 2048
+PICKED = 5 / 8  # of a row's positions, at most: queries that are picked meet all keys, a whole row's 5/8 of them
+
+
+def picks(asked: int, width: int) -> bool:
+    """Whether a row's last block and output head had better run on `asked` positions than on all."""
+    return 0 < asked <= PICKED * width
 
 
 class Shape(NamedTuple):
@@ -22,7 +28,7 @@ class Shape(NamedTuple):
     rows: int
     most: int  # texts in a row
     widths: Sequence[int]  # ascending
-    asked: int = 0  # tokens in a row that the loss asks for, at most; 0 = of any number
+    asked: int = 0  # tokens in a row that the loss asks for, at most; 0 = any number
 
 
 def spread(lengths: Sequence[int], rows: int, most: int) -> list[list[int]]:
@@ -47,7 +53,8 @@ def shapes(lengths: Sequence[int], batch_size: int, ways: int, asked: Sequence[i
 
     Few, as each is compiled once: four widths, each for about a quarter of all batches, of that number of rows with
     which they cost least; and a row each, for a batch in a hundred. Numbers of rows are multiples of `ways`. The loss
-    asks for `asked` of each text's tokens; none given = for any number.
+    asks for `asked` of each text's tokens; none given = for any number. Hardly a batch asks for more than its shape
+    has.
     """
     rng, sizes = np.random.default_rng(0), np.asarray([lengths, asked or [0] * len(lengths)])
     drawn = [sizes[:, rng.integers(0, len(lengths), batch_size)].tolist() for _ in range(TRIES)]
@@ -65,7 +72,8 @@ def _shape(drawn: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int, batc
         for n in (0, 1)
     )
     widths = [rounded(length[TRIES * q // 4 - 1], WIDTHS) for q in (1, 2, 3, 4)]
-    return Shape(rows, most, widths, rounded(asked[-1], WIDTHS))
+    longest = max(max(of[1]) for of in drawn)
+    return Shape(rows, most, widths, rounded(min(asked[-1] + WIDTHS, most * longest), WIDTHS))
 
 
 def rounded(number: int, step: int) -> int:
