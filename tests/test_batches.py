@@ -223,9 +223,9 @@ def test_a_batch_gets_the_first_shape_that_it_fits():
 def test_what_stands_before_the_response_is_what_the_loss_asks_for():
     """Of the longer text, whose prompt has three tokens and whose response four, and of the shorter after it."""
     packed = sft(prompt_weight=0)
-    batch = with_shapes(packed, packing.Shape(1, 2, [12], 8))[0]
-    assert batch.tokens_BT.tolist() == [[B, C, D, E, F, A, B, A, B, C, EOS, 0]]
-    assert batch.before_BQ.tolist() == [[2, 3, 4, 5, 8, 9, 11, 11]]
+    batch = with_shapes(packed, packing.Shape(1, 2, [16], 8))[0]
+    assert batch.tokens_BT.tolist() == [[B, C, D, E, F, A, B, A, B, C, EOS, *[0] * 5]]
+    assert batch.before_BQ.tolist() == [[2, 3, 4, 5, 8, 9, 15, 15]]
     assert sft()[0].before_BQ is None
     # Of a row of 16, 10 are few enough to be worth it.
     found = [with_shapes(packed, packing.Shape(1, 2, [16], n))[0].before_BQ for n in (10, 11)]
