@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import checkpoint, hosts, optim, preemption
+from jaxrlhf import checkpoint, compiled, hosts, optim, preemption
 from jaxrlhf.config import Loop
 from jaxrlhf.files import Failure, Stopped
 from jaxrlhf.logs import Log, progress, say
@@ -62,6 +62,8 @@ def run(
         stop = False
         for i in range(start, loop.steps):
             state, metrics = step(state, i)
+            if i == start:
+                compiled.tidy()
             done, last = i + 1, i + 1 == loop.steps
             stop = reached(done)
             logged, saved = last or done % loop.log_every == 0, last or stop or done % loop.save_every == 0

@@ -1,7 +1,10 @@
-"""Where compiled programs are kept."""
+"""Where compiled programs are kept, and what compiling leaves."""
 
 import os
+import platform
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxrlhf import compiled
@@ -35,3 +38,18 @@ def test_nothing_is_kept_where_nothing_can_be_written(environ, tmp_path):
     (tmp_path / "jaxrlhf").write_text("a file stands in the way")
     compiled.keep()
     assert PLACE not in environ
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have their own ways")
+def test_memory_that_is_free_goes_back_to_the_system():
+    def held():
+        return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x)
+
+    # Blocks that the allocator keeps, as what lies behind them is in use.
+    between = [(np.ones(2**13), np.ones(2**7)) for _ in range(2048)]
+    kept = [small for _, small in between]
+    before = held()
+    del between
+    compiled.tidy()
+    assert before - held() > 100_000  # KiB, of 131,072
+    assert len(kept) == 2048

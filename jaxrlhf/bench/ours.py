@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrlhf import experiment, model, optim, ppo, reward, roofline, sampling, sft, sharding
+from jaxrlhf import compiled, experiment, model, optim, ppo, reward, roofline, sampling, sft, sharding
 from jaxrlhf.bench import floor
 from jaxrlhf.bench.work import TEXTS, Work, over, serve
 from jaxrlhf.data import batches, task, tokens
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     with jax.set_mesh(mesh):
         flops, once = PROGRAMS[work.step](work, arch, frozen, top)
         facts = {"flops": flops, "least_flops": floor.least(work, arch), "peak_flops_per_second": _peak(arch.dtype)}
-        serve(facts | {"device": jax.devices()[0].device_kind}, over(once))
+        serve(facts | {"device": jax.devices()[0].device_kind}, over(once, compiled.tidy))  # as `loop.run` does
     return 0
 
 

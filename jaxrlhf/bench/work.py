@@ -178,11 +178,12 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def over(once: Callable[[], Any]) -> Callable[[Callable[[], bool]], None]:
-    """`once` as `serve` runs it."""
+def over(once: Callable[[], Any], then: Callable[[], None] = lambda: None) -> Callable[[Callable[[], bool]], None]:
+    """`once` as `serve` runs it, and `then` after the warm-up."""
 
     def run(again: Callable[[], bool]) -> None:
         once()
+        then()
         while again():
             once()
 
